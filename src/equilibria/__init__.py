@@ -1,0 +1,60 @@
+"""Deep Equilibrium Models: fixed-point layers with exact gradients in constant memory."""
+
+from equilibria.adjoints.implicit import Implicit
+from equilibria.adjoints.one_step import OneStep
+from equilibria.adjoints.phantom import Phantom
+from equilibria.adjoints.unrolled import Unrolled
+from equilibria.api import SolveSettings, solve
+from equilibria.core.adjoint import Adjoint, BackwardReport, SecondDerivativeError
+from equilibria.core.errors import UserError
+from equilibria.core.iterate import Iterate, Measurement
+from equilibria.core.linear import LinearResult, LinearSolver
+from equilibria.core.solution import Solution
+from equilibria.core.solver import Solver
+from equilibria.core.state import State, StateError
+from equilibria.core.status import ConvergenceError, ConvergenceWarning, Status
+from equilibria.core.termination import Termination
+from equilibria.deq import DEQ, Cell
+from equilibria.linear.fixed_point import FixedPoint
+from equilibria.linear.gmres import GMRES
+from equilibria.solvers.anderson import Anderson
+from equilibria.solvers.broyden import Broyden
+from equilibria.solvers.picard import Picard
+from equilibria.terminations.fixed_steps import FixedSteps
+from equilibria.terminations.residual import Residual
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEQ",
+    "GMRES",
+    "Adjoint",
+    "Anderson",
+    "BackwardReport",
+    "Broyden",
+    "Cell",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "FixedPoint",
+    "FixedSteps",
+    "Implicit",
+    "Iterate",
+    "LinearResult",
+    "LinearSolver",
+    "Measurement",
+    "OneStep",
+    "Phantom",
+    "Picard",
+    "Residual",
+    "SecondDerivativeError",
+    "Solution",
+    "SolveSettings",
+    "Solver",
+    "State",
+    "StateError",
+    "Status",
+    "Termination",
+    "Unrolled",
+    "UserError",
+    "solve",
+]

@@ -1,0 +1,27 @@
+"""Back-propagation through every step of the solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from equilibria.core.adjoint import Adjoint, Forward
+from equilibria.core.loop import LoopResult
+
+
+@dataclass(frozen=True)
+class Unrolled(Adjoint):
+    """Differentiate the solver's own steps, as in an explicit weight-tied network.
+
+    The gradient is that of the returned iterate whatever its residual, `z0` gets one too, and
+    second derivatives are right. Memory grows with the number of steps. With `Picard()` and
+    `FixedSteps(k)` this is a weight-tied network of k layers: shallow pre-training.
+    """
+
+    exact = True
+
+    def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
+        """Run the solve with the graph recorded."""
+        result = forward.run()
+        return result.iterate.z, result

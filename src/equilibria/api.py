@@ -1,0 +1,144 @@
+"""`solve`: user state in, `Solution` out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from equilibria.adjoints.implicit import Implicit
+from equilibria.core.adjoint import Adjoint, Forward
+from equilibria.core.errors import UserError
+from equilibria.core.loop import Keep, LoopResult, check_limits, iterate
+from equilibria.core.problem import Problem
+from equilibria.core.solution import Solution
+from equilibria.core.solver import Solver
+from equilibria.core.state import State
+from equilibria.core.status import OnFailure, check_on_failure, enforce
+from equilibria.core.termination import Termination
+from equilibria.solvers.anderson import Anderson
+from equilibria.terminations.residual import Residual
+
+
+@dataclass(frozen=True)
+class SolveSettings:
+    """Everything about a solve but the problem; see `solve` for the meaning of each.
+
+    Raises:
+        UserError: an argument of the wrong kind, max_steps below 1, an unknown policy.
+    """
+
+    solver: Solver = Anderson()
+    termination: Termination = Residual()
+    adjoint: Adjoint = Implicit()
+    max_steps: int = 50
+    keep: Keep = "best"
+    on_failure: OnFailure = "warn"
+
+    def __post_init__(self) -> None:
+        _check_kind("solver", self.solver, Solver, "Anderson()")
+        _check_kind("termination", self.termination, Termination, "Residual(rtol=1e-3)")
+        _check_kind("adjoint", self.adjoint, Adjoint, "Implicit()")
+        check_limits(self.max_steps, self.keep)
+        check_on_failure(self.on_failure)
+
+
+def solve(
+    f: Callable[[State], State],
+    z0: State,
+    *,
+    solver: Solver = Anderson(),
+    termination: Termination = Residual(),
+    adjoint: Adjoint = Implicit(),
+    max_steps: int = 50,
+    keep: Keep = "best",
+    on_failure: OnFailure = "warn",
+    batch_dims: Literal[0, 1] = 1,
+    trace: bool = False,
+) -> Solution:
+    """Find the fixed point z* = f(z*) of every sample, differentiably.
+
+    Gradients reach whatever `f` depends on, parameters and closed-over tensors alike. Without
+    grad mode nothing is recorded and the adjoint is not used.
+
+    Args:
+        f: the map; takes and returns a state of the form of `z0`, each sample on its own.
+        z0: initial state, any tree of (B, ...) floating-point tensors.
+        solver: how to step; `Anderson()` for contractions, `Broyden()` for hard problems.
+        termination: when a sample is done; relative residual 1e-4 by default.
+        adjoint: how gradients pass through; `Implicit()` is exact in constant memory.
+        max_steps: solver steps at most (the initial evaluation is not one).
+        keep: what a sample that misses the tolerance returns, its "best" or "last" iterate.
+        on_failure: "warn", "raise" or "ignore" when a sample, forward or backward, is no success.
+        batch_dims: 1, or 0 when the whole state is one problem.
+        trace: record the relative residual of every step, forward and backward.
+
+    Shape:
+        `z0` and `Solution.z`: tree of (B, ...); diagnostics: (B,), or (1,) for batch_dims=0.
+
+    Raises:
+        UserError: an argument out of range or of the wrong kind.
+        StateError: `z0` or f's image has the wrong tree, shape, dtype or device.
+        ConvergenceError: a sample did not converge and on_failure="raise".
+
+    Example:
+        >>> import torch
+        >>> solution = solve(torch.cos, torch.ones(1, 1, dtype=torch.float64))
+        >>> round(solution.z.item(), 3)
+        0.739
+    """
+    settings = SolveSettings(solver, termination, adjoint, max_steps, keep, on_failure)
+    return solve_with(f, z0, settings, batch_dims=batch_dims, trace=trace)
+
+
+def solve_with(
+    f: Callable[[State], State],
+    z0: State,
+    settings: SolveSettings,
+    *,
+    batch_dims: Literal[0, 1] = 1,
+    trace: bool = False,
+) -> Solution:
+    """`solve` with its settings as one object."""
+    start = time.perf_counter()
+    problem = Problem(f, z0, batch_dims)
+
+    def run() -> LoopResult:
+        return iterate(
+            problem,
+            settings.solver,
+            settings.termination,
+            max_steps=settings.max_steps,
+            keep=settings.keep,
+            trace=trace,
+        )
+
+    forward = Forward(problem, run, settings.on_failure, trace=trace)
+    if torch.is_grad_enabled():
+        z, result = settings.adjoint.apply(forward)
+    else:
+        result = run()
+        z = result.iterate.z
+    enforce(result.status, settings.on_failure, "the forward solve")
+    return Solution(
+        z=problem.layout.unpack(z),
+        status=result.status,
+        residual=result.measurement.residual,
+        relative_residual=result.measurement.relative,
+        num_steps=result.num_steps,
+        num_evals=problem.num_evals,
+        seconds=time.perf_counter() - start,
+        backward=forward.report,
+        trace=None if result.trace is None else result.trace.relative,
+    )
+
+
+def _check_kind(name: str, given: object, expected: type, example: str) -> None:
+    if not isinstance(given, expected):
+        hint = " (an instance, not the class)" if isinstance(given, type) else ""
+        raise UserError(
+            f"{name}={given!r} is no {expected.__name__}{hint}; give for example {name}={example}"
+        )

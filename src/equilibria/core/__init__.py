@@ -1,0 +1,1 @@
+"""Contracts and the one solver loop: problem, iterate, state packing, status, norms."""

@@ -1,0 +1,87 @@
+"""The contract of a gradient method, and the report of its backward solve."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from equilibria.core.linear import LinearResult
+from equilibria.core.loop import LoopResult
+from equilibria.core.problem import Problem
+from equilibria.core.status import OnFailure
+
+
+@dataclass
+class BackwardReport:
+    """How the backward solve went; empty until a backward pass has run.
+
+    Args:
+        result: status, residual and steps of the last backward solve; stays None for gradient
+            methods that solve nothing.
+        seconds: wall time of all backward solves of this solution so far.
+    """
+
+    result: LinearResult | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward solve that an adjoint may run, once, in whichever grad mode it needs."""
+
+    problem: Problem
+    run: Callable[[], LoopResult]
+    on_failure: OnFailure
+    report: BackwardReport = field(default_factory=BackwardReport)
+    trace: bool = False
+
+
+class Adjoint(ABC):
+    """How gradients pass through the fixed point.
+
+    Every adjoint returns the same value, the solver's iterate; only the graph edge differs.
+    """
+
+    exact: bool = False
+    """Whether the gradient is right in the limit of tight tolerances."""
+
+    @abstractmethod
+    def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
+        """Run the solve and return the packed fixed point carrying the graph, and the result.
+
+        Called with grad enabled only; without it there is no gradient to attach.
+        """
+
+
+class AttachGraph(torch.autograd.Function):
+    """Give `value` the gradient of `path`: forward is `value`, backward passes to `path`."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor, path: Tensor, method: str) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.method = method  # pyright: ignore[reportAttributeAccessIssue]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: object, *cotangents: Tensor) -> tuple[None, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivatives(ctx.method)  # pyright: ignore[reportAttributeAccessIssue]
+        return None, cotangents[0], None
+
+
+class SecondDerivativeError(RuntimeError):
+    """A second derivative was asked of a gradient method that would get it wrong."""
+
+
+def refuse_second_derivatives(method: str) -> None:
+    """Raise when the running backward pass is itself being recorded (`create_graph=True`).
+
+    `once_differentiable` is not enough: it stays silent when the cotangent needs no gradient.
+    """
+    if torch.is_grad_enabled():
+        raise SecondDerivativeError(
+            f"{method} has no right second derivative, and backward was called with "
+            "create_graph=True; use Unrolled() for second derivatives"
+        )

@@ -1,0 +1,84 @@
+"""Ring buffers of vectors for quasi-Newton and mixing methods."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Ring:
+    """The last `size` vectors of every sample, as one (B, size, D) tensor.
+
+    The newest overwrites the oldest. Written in place, except while gradients are recorded
+    (unrolled differentiation through a solver), where each push makes a new tensor.
+    """
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self.size = size
+        self.num_pushed = 0
+        self._buffer = like.new_zeros(like.shape[0], size, like.shape[1])
+
+    def __len__(self) -> int:
+        return min(self.num_pushed, self.size)
+
+    @property
+    def newest(self) -> int:
+        """The slot that was written last."""
+        return (self.num_pushed - 1) % self.size
+
+    @property
+    def vectors(self) -> Tensor:
+        """The filled slots, (B, len, D), in slot order."""
+        return self._buffer[:, : len(self)]
+
+    @property
+    def ages(self) -> list[int]:
+        """Age of every filled slot, 0 for the newest."""
+        return [(self.newest - slot) % self.size for slot in range(len(self))]
+
+    def push_difference(self, new: Tensor, old: Tensor) -> Tensor:
+        """Append `new - old` (B, D) and return it."""
+        slot = self.num_pushed % self.size
+        self.num_pushed += 1
+        if torch.is_grad_enabled():
+            difference = new - old
+            self._buffer = torch.cat(
+                [self._buffer[:, :slot], difference.unsqueeze(1), self._buffer[:, slot + 1 :]], 1
+            )
+            return difference
+        return torch.sub(new, old, out=self._buffer[:, slot])
+
+
+class SmallMatrix:
+    """A (B, size, size) matrix of inner products, kept beside a `Ring`, one slot at a time."""
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        # Small systems are solved in double where the device has it: they are the only place
+        # where rounding is amplified, and they cost nothing.
+        double = like.device.type != "mps"
+        self._matrix = like.new_zeros(
+            like.shape[0], size, size, dtype=torch.float64 if double else torch.float32
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64, or float32 where the device has no double."""
+        return self._matrix.dtype
+
+    def leading(self, n: int) -> Tensor:
+        """The upper left (B, n, n) block."""
+        return self._matrix[:, :n, :n]
+
+    def set_column(self, slot: int, column: Tensor) -> None:
+        """Write (B, n) into rows 0..n-1 of a column."""
+        self._before_write()
+        self._matrix[:, : column.shape[1], slot] = column
+
+    def set_row(self, slot: int, row: Tensor) -> None:
+        """Write (B, n) into columns 0..n-1 of a row."""
+        self._before_write()
+        self._matrix[:, slot, : row.shape[1]] = row
+
+    def _before_write(self) -> None:
+        if torch.is_grad_enabled():
+            self._matrix = self._matrix.clone()

@@ -1,0 +1,55 @@
+"""A point together with its image, and how far they are apart."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Iterate(NamedTuple):
+    """A point `z` and its image `fz = f(z)`, both packed (B, D); one never travels alone."""
+
+    z: Tensor
+    fz: Tensor
+
+
+class Measurement(NamedTuple):
+    """Per-sample root-mean-square norms (B,) of an iterate: of `f(z) - z` and of `f(z)`."""
+
+    residual: Tensor
+    image: Tensor
+
+    @property
+    def relative(self) -> Tensor:
+        """`residual / image` (B,), zero where both are zero."""
+        return self.residual / self.image.clamp_min(torch.finfo(self.image.dtype).tiny)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square over the last dimension: (B, D) -> (B,).
+
+    Used instead of the Euclidean norm so that an absolute tolerance means the same per component
+    whatever the size of the state; a relative tolerance is the same in both norms.
+    """
+    return torch.linalg.vector_norm(x, dim=-1) / math.sqrt(max(x.shape[-1], 1))
+
+
+def measure(iterate: Iterate) -> Measurement:
+    """Measure an iterate without recording gradients."""
+    with torch.no_grad():
+        return Measurement(rms(iterate.fz - iterate.z), rms(iterate.fz))
+
+
+def choose(rows: Tensor, where_true: Iterate, where_false: Iterate) -> Iterate:
+    """Pick whole samples from two iterates by a mask `rows` (B,).
+
+    `torch.where`, never multiplication: 0 * NaN is NaN and would poison a finished sample.
+    """
+    mask = rows.unsqueeze(-1)
+    return Iterate(
+        torch.where(mask, where_true.z, where_false.z),
+        torch.where(mask, where_true.fz, where_false.fz),
+    )

@@ -1,0 +1,30 @@
+"""The contract of a fixed-point solver."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from equilibria.core.iterate import Iterate
+from equilibria.core.problem import Evaluate
+
+
+class Solver(ABC):
+    """A rule that turns the current iterate into the next one.
+
+    A solver is a frozen dataclass of hyper-parameters; what it remembers lives in a separate
+    state, so one solver object serves any number of solves at once. Stopping, bookkeeping and
+    freezing of finished samples belong to the loop, not here.
+    """
+
+    @abstractmethod
+    def init(self, iterate: Iterate, max_steps: int) -> Any:
+        """Make the memory for one solve of at most `max_steps` steps."""
+
+    @abstractmethod
+    def step(self, evaluate: Evaluate, iterate: Iterate, state: Any) -> tuple[Iterate, Any]:
+        """Make one step: choose the next point and return it with its image.
+
+        May write to its own buffers in `state`, never to `iterate`. Samples are independent:
+        row b of the result depends on row b of what it is given only.
+        """

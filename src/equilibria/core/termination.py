@@ -1,0 +1,29 @@
+"""The contract of a stopping rule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor
+
+from equilibria.core.iterate import Measurement
+
+
+class Termination(ABC):
+    """Decides per sample, after every step, whether its solve is over.
+
+    Sees measurements only, never states, so it costs next to nothing and is shared by all
+    solvers. NaN and infinity are caught by the loop before any rule is asked.
+    """
+
+    @abstractmethod
+    def init(self, measurement: Measurement) -> Any:
+        """Make the memory for one solve from the measurement of the initial point."""
+
+    @abstractmethod
+    def check(self, measurement: Measurement, step: int, state: Any) -> tuple[Tensor, Any]:
+        """Return a code (B,) int8 per sample: a `Status`, or RUNNING to go on.
+
+        `step` is the number of steps made so far, 0 for the initial point.
+        """

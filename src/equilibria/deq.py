@@ -1,0 +1,135 @@
+"""`DEQ`: a cell and its solve settings as one layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from equilibria.adjoints.implicit import Implicit
+from equilibria.api import SolveSettings, solve_with
+from equilibria.core.adjoint import Adjoint
+from equilibria.core.errors import UserError
+from equilibria.core.loop import Keep
+from equilibria.core.solution import Solution
+from equilibria.core.solver import Solver
+from equilibria.core.state import State
+from equilibria.core.status import OnFailure
+from equilibria.core.termination import Termination
+from equilibria.solvers.anderson import Anderson
+from equilibria.terminations.residual import Residual
+
+
+class Cell(nn.Module, ABC):
+    """The f of z* = f(z*, x), split by how often each part has to run.
+
+    Subclass it and write three methods. Whatever does not depend on z goes to `inject`, runs
+    once per solve and is handed to every evaluation: projections of the input, keys and values
+    of a memory, normalised weights, dropout masks (a mask drawn inside `forward` would make every
+    evaluation another function, which has no fixed point).
+    """
+
+    @abstractmethod
+    def inject(self, *inputs: Any, **named_inputs: Any) -> Any:
+        """Everything that depends on the inputs but not on z; once per solve.
+
+        Name the inputs of your cell in your own signature; this one stands for any.
+        """
+
+    @abstractmethod
+    def initial_state(self, injection: Any) -> State:
+        """Where the solve starts unless told otherwise, commonly zeros (B, ...)."""
+
+    @abstractmethod
+    def forward(self, z: State, injection: Any) -> State:
+        """One function evaluation; returns a state of exactly the form of z."""
+
+
+class DEQ(nn.Module):
+    """A layer whose output is the fixed point of its cell, z* = f(z*, x).
+
+    Works like any other layer: gradients, `state_dict`, `deepcopy`, several uses in one graph.
+    It keeps no state between calls and registers no hooks.
+
+    Args:
+        cell: the map.
+        solver, termination, adjoint, max_steps, keep, on_failure: as in `solve`.
+        eval_solver, eval_termination, eval_max_steps: used instead in eval mode; None means the
+            same as in training.
+
+    Shape:
+        Inputs are whatever `cell.inject` takes; the output is a `Solution` whose `z` has the form
+        of `cell.initial_state`.
+
+    Raises:
+        UserError: a cell of the wrong kind, or settings as in `solve`.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        *,
+        solver: Solver = Anderson(),
+        termination: Termination = Residual(),
+        adjoint: Adjoint = Implicit(),
+        max_steps: int = 50,
+        keep: Keep = "best",
+        on_failure: OnFailure = "warn",
+        eval_solver: Solver | None = None,
+        eval_termination: Termination | None = None,
+        eval_max_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(cell, Cell):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UserError(
+                f"DEQ got a {type(cell).__name__} as its cell; subclass equilibria.Cell (inject, "
+                "initial_state, forward), or call equilibria.solve(f, z0) on a plain function"
+            )
+        self.cell = cell
+        self.train_settings = SolveSettings(
+            solver, termination, adjoint, max_steps, keep, on_failure
+        )
+        self.eval_settings = replace(
+            self.train_settings,
+            solver=eval_solver or solver,
+            termination=eval_termination or termination,
+            max_steps=max_steps if eval_max_steps is None else eval_max_steps,
+        )
+
+    @property
+    def settings(self) -> SolveSettings:
+        """The settings of the current mode, training or evaluation."""
+        return self.train_settings if self.training else self.eval_settings
+
+    def forward(
+        self,
+        *inputs: Any,
+        z0: State | None = None,
+        settings: SolveSettings | None = None,
+        trace: bool = False,
+    ) -> Solution:
+        """Inject the inputs and solve for the fixed point.
+
+        Args:
+            inputs: handed to `cell.inject`.
+            z0: initial state; by default the cell's own.
+            settings: for this call only, instead of the layer's.
+            trace: record the residual of every step, forward and backward.
+        """
+        return self.solve(self.cell.inject(*inputs), z0=z0, settings=settings, trace=trace)
+
+    def solve(
+        self,
+        injection: Any,
+        *,
+        z0: State | None = None,
+        settings: SolveSettings | None = None,
+        trace: bool = False,
+    ) -> Solution:
+        """Solve for an injection made before, for models that need it afterwards too."""
+        start = self.cell.initial_state(injection) if z0 is None else z0
+        return solve_with(
+            lambda z: self.cell(z, injection), start, settings or self.settings, trace=trace
+        )

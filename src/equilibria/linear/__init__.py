@@ -1,0 +1,1 @@
+"""Solvers for the linear backward system u = J^T u + g, one file each."""

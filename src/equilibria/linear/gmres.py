@@ -1,0 +1,227 @@
+"""Restarted GMRES, every sample of the batch on its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equilibria.core.iterate import rms
+from equilibria.core.linear import LinearResult, LinearSolver
+from equilibria.core.parameters import check_positive_integer
+from equilibria.core.status import RUNNING, Status
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class GMRES(LinearSolver):
+    """Minimise the residual of (I - A) u = b over a growing Krylov space.
+
+        u_k = argmin { |b - (I - A) u| : u in span(b, A b, ..., A^(k-1) b) }
+
+    Starts from zero and not from b: the first product then already buys the best multiple of b.
+    No method that uses the same products has a smaller residual, so on the linear backward
+    system it needs the fewest vector-Jacobian products; a spectral radius above 1 is no obstacle.
+    Only for linear systems: forward, use Anderson or Broyden.
+
+    Cost per step: one product; two passes over the k vectors built so far; `restart` + 1 state
+    copies of memory. One more product per restart.
+
+    Args:
+        restart: vectors kept before starting over from the best point (40 suffices for nearly
+            all backward systems; lower it to save memory).
+
+    Raises:
+        UserError: restart below 1.
+
+    References:
+        Saad and Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7 (1986).
+    """
+
+    restart: int = 40
+
+    def __post_init__(self) -> None:
+        check_positive_integer("restart", self.restart)
+
+    def solve(
+        self,
+        a: Product,
+        b: Tensor,
+        *,
+        rtol: float,
+        atol: float,
+        max_steps: int,
+        trace: bool = False,
+    ) -> LinearResult:
+        """See `LinearSolver.solve`."""
+        run = _Run(a, b, rtol, atol, trace)
+        while run.num_steps_made < max_steps and bool((run.status == RUNNING).any()):
+            run.cycle(min(self.restart, max_steps - run.num_steps_made))
+        return run.result()
+
+
+class _Run:
+    """One solve: the best point and the residual of every sample, improved cycle by cycle."""
+
+    def __init__(self, a: Product, b: Tensor, rtol: float, atol: float, trace: bool) -> None:
+        self._a, self._b = a, b
+        self._scale = 1.0 / math.sqrt(max(b.shape[1], 1))
+        self._rtol, self._atol = rtol, atol
+        self.num_evals = 0
+        self.num_steps_made = 0
+        self.u = torch.zeros_like(b)
+        self.residual = b
+        self._target_norm = rms(b)
+        self.status = torch.full_like(self._target_norm, RUNNING, dtype=torch.int8)
+        self.steps = torch.zeros_like(self._target_norm, dtype=torch.int64)
+        self._improved = torch.zeros_like(self.status, dtype=torch.bool)
+        self._trace: list[Tensor] | None = [] if trace else None
+        self._judge(self._target_norm)
+
+    def cycle(self, size: int) -> None:
+        """Build one Krylov space of at most `size` vectors and move to its best point."""
+        arnoldi = _Arnoldi(self.u, self.residual, size)
+        active = self.status == RUNNING
+        own_size = torch.zeros_like(self.steps)
+        for k in range(size):
+            norm = arnoldi.extend(self._a)
+            self.num_evals += 1
+            self.num_steps_made += 1
+            own_size = torch.where(self.status == RUNNING, k + 1, own_size)
+            self._judge(norm * self._scale)
+            if not bool((self.status == RUNNING).any()):
+                break
+        u, residual = arnoldi.solution(own_size)
+        # A sample that broke down to NaN keeps the point it had before this cycle.
+        usable = active & torch.isfinite(rms(u)) & torch.isfinite(rms(residual))
+        self.u = torch.where(usable.unsqueeze(1), u, self.u)
+        self.residual = torch.where(usable.unsqueeze(1), residual, self.residual)
+        self._improved |= usable
+        if bool((self.status == RUNNING).any()):
+            # The recurrence drifts from the truth by rounding; a restart begins with the truth.
+            self.residual = self._a(self.u) + self._b - self.u
+            self.num_evals += 1
+
+    def result(self) -> LinearResult:
+        """Close the books: who still runs has hit the step limit."""
+        status = torch.where(self.status == RUNNING, Status.MAX_STEPS, self.status)
+        # Without one finite product the zero start would pass for a gradient of zero; b is the
+        # one-step gradient, and its residual is not known.
+        lost = (status == Status.NONFINITE) & ~self._improved
+        residual = torch.where(lost, torch.nan, rms(self.residual))
+        return LinearResult(
+            u=torch.where(lost.unsqueeze(1), self._b, self.u),
+            residual=residual,
+            relative_residual=self._relative(residual),
+            status=status,
+            num_steps=torch.where(self.status == RUNNING, self.num_steps_made, self.steps),
+            num_evals=self.num_evals,
+            trace=None if self._trace is None else torch.stack(self._trace),
+        )
+
+    def _relative(self, norm: Tensor) -> Tensor:
+        return norm / self._target_norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+    def _judge(self, norm: Tensor) -> None:
+        running = self.status == RUNNING
+        if self._trace is not None:
+            self._trace.append(torch.where(running, self._relative(norm), torch.nan))
+        tolerance = self._atol + self._rtol * self._target_norm
+        codes = torch.where(norm <= tolerance, Status.SUCCESS, RUNNING)
+        codes = torch.where(torch.isfinite(norm), codes, Status.NONFINITE).to(torch.int8)
+        done = running & (codes != RUNNING)
+        self.status = torch.where(done, codes, self.status)
+        self.steps = torch.where(done, self.num_steps_made, self.steps)
+
+
+class _Arnoldi:
+    """Orthonormal basis of the Krylov space, and the projected problem kept triangular.
+
+    A V_k = V_{k+1} H, so (I - A) V_k = V_{k+1} T with T = [I; 0] - H. The rotations Q^T T = R are
+    accumulated in `q_transposed`, so each step costs a fixed number of small operations.
+    """
+
+    def __init__(self, u: Tensor, residual: Tensor, size: int) -> None:
+        double = torch.float32 if u.device.type == "mps" else torch.float64
+        batch = u.shape[0]
+        self._u = u
+        self._basis = u.new_zeros(batch, size + 1, u.shape[1])
+        self._q_transposed = torch.eye(size + 1, dtype=double, device=u.device).repeat(batch, 1, 1)
+        self._r = torch.eye(size, dtype=double, device=u.device).repeat(batch, 1, 1)
+        self._right = u.new_zeros(batch, size + 1, dtype=double)
+        self._hessenberg: list[Tensor] = []
+        norm = torch.linalg.vector_norm(residual, dim=1)
+        self._beta = norm.to(double)
+        self._right[:, 0] = self._beta
+        self._basis[:, 0] = residual * _inverse(norm).unsqueeze(1)
+        self._k = 0
+
+    def extend(self, a: Product) -> Tensor:
+        """Add one vector and return the Euclidean norm (B,) of the best residual."""
+        k, basis = self._k, self._basis
+        column, remainder = _orthogonalise(a(basis[:, k]), basis[:, : k + 1])
+        length = torch.linalg.vector_norm(remainder, dim=1)
+        basis[:, k + 1] = remainder * _inverse(length).unsqueeze(1)
+        projected = -torch.cat((column, length.unsqueeze(1)), dim=1).to(self._r.dtype)
+        projected[:, k] += 1.0
+        self._hessenberg.append(projected)
+        self._rotate(projected)
+        self._k = k + 1
+        return self._right[:, k + 1].abs().to(self._u.dtype)
+
+    def solution(self, own_size: Tensor) -> tuple[Tensor, Tensor]:
+        """Point and residual, each sample in the space of its own size (B,)."""
+        y = self._coefficients(own_size)
+        spent = self._beta.new_zeros(self._beta.shape[0], self._k + 1)
+        spent[:, 0] = self._beta
+        for k, column in enumerate(self._hessenberg):
+            spent[:, : k + 2] -= column * y[:, k : k + 1]
+        basis = self._basis[:, : self._k + 1]
+        correction = torch.bmm(y[:, None, : self._k].to(basis.dtype), basis[:, :-1]).squeeze(1)
+        residual = torch.bmm(spent.unsqueeze(1).to(basis.dtype), basis).squeeze(1)
+        return self._u + correction, residual
+
+    def _rotate(self, projected: Tensor) -> None:
+        """Make the new column triangular by one more rotation."""
+        k = self._k
+        column = torch.bmm(self._q_transposed[:, : k + 2, : k + 2], projected.unsqueeze(2)).squeeze(
+            2
+        )
+        length = torch.linalg.vector_norm(column[:, k:], dim=1)
+        inverse = _inverse(length)
+        cos = torch.where(length > 0, column[:, k] * inverse, 1.0)
+        sin = column[:, k + 1] * inverse
+        self._r[:, :k, k] = column[:, :k]
+        self._r[:, k, k] = torch.where(length > 0, length, 1.0)
+        upper, lower = self._q_transposed[:, k].clone(), self._q_transposed[:, k + 1].clone()
+        self._q_transposed[:, k] = cos[:, None] * upper + sin[:, None] * lower
+        self._q_transposed[:, k + 1] = cos[:, None] * lower - sin[:, None] * upper
+        self._right[:, k + 1] = -sin * self._right[:, k]
+        self._right[:, k] = cos * self._right[:, k]
+
+    def _coefficients(self, own_size: Tensor) -> Tensor:
+        """Weights (B, size) of the basis vectors; zero beyond each sample's own size."""
+        size = self._r.shape[1]
+        inside = torch.arange(size, device=own_size.device) < own_size.unsqueeze(1)
+        keep = inside.unsqueeze(1) & inside.unsqueeze(2)
+        triangular = torch.where(keep, self._r, torch.eye(size, dtype=self._r.dtype).to(self._r))
+        right = torch.where(inside, self._right[:, :size], 0.0).unsqueeze(2)
+        return torch.linalg.solve_triangular(triangular, right, upper=True).squeeze(2)
+
+
+def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram-Schmidt, twice: once is not enough when the vector nearly lies in the space."""
+    column = torch.bmm(basis, vector.unsqueeze(2))
+    vector = vector - torch.bmm(column.transpose(1, 2), basis).squeeze(1)
+    again = torch.bmm(basis, vector.unsqueeze(2))
+    vector = vector - torch.bmm(again.transpose(1, 2), basis).squeeze(1)
+    return (column + again).squeeze(2), vector
+
+
+def _inverse(length: Tensor) -> Tensor:
+    """1 / length, and 0 for a length of 0 (the space is exhausted: the solution is exact)."""
+    return torch.where(length > 0, 1.0 / length, 0.0)

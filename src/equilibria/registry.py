@@ -1,0 +1,160 @@
+"""Names for classes: the only place where a string selects behaviour.
+
+A plug-in's name is the name of its file: `solvers/anderson.py` is "anderson". Hyper-parameters are
+written like a call, "anderson(history_size=8)", and nest: "implicit(solver=broyden, rtol=1e-3)".
+A class of one's own is "package.module:Class(option=1)". The text is parsed, never executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import pkgutil
+import re
+from typing import Any
+
+from equilibria.core.adjoint import Adjoint
+from equilibria.core.errors import UserError, nearest
+from equilibria.core.linear import LinearSolver
+from equilibria.core.solver import Solver
+from equilibria.core.termination import Termination
+
+KINDS: dict[type, str] = {
+    Solver: "equilibria.solvers",
+    LinearSolver: "equilibria.linear",
+    Termination: "equilibria.terminations",
+    Adjoint: "equilibria.adjoints",
+}
+"""Base class of each kind of plug-in, and the package whose files are the plug-ins."""
+
+
+def names(kind: type) -> list[str]:
+    """Names of all plug-ins of a kind, sorted."""
+    package = importlib.import_module(KINDS[kind])
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def find(kind: type, name: str) -> type:
+    """Return the class behind a name, or behind "package.module:Class".
+
+    Raises:
+        UserError: nothing has that name; the message has the nearest one and the full list.
+    """
+    if ":" in name:
+        return _find_outside(kind, name)
+    snake = _snake_case(name)
+    if snake not in names(kind):
+        known = names(kind)
+        raise UserError(
+            f"no {kind.__name__} is called {name!r}{nearest(snake, known)} "
+            f"(there are: {', '.join(known)})"
+        )
+    module = importlib.import_module(f"{KINDS[kind]}.{snake}")
+    return next(
+        item
+        for item in vars(module).values()
+        if isinstance(item, type)
+        and issubclass(item, kind)
+        and item.__module__ == module.__name__
+        and _snake_case(item.__name__) == snake
+    )
+
+
+def parse(kind: type, text: str) -> Any:
+    """Build a plug-in from its description, for example "anderson(history_size=8)".
+
+    Raises:
+        UserError: malformed text, an unknown name or option, or a value the class refuses.
+    """
+    prefix, _, rest = text.strip().rpartition(":")
+    try:
+        tree = ast.parse(rest, mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{text!r} cannot be read; write a name, or a name with options such as "
+            "'anderson(history_size=8)'"
+        ) from error
+    return _build([kind], tree, text, f"{prefix}:" if prefix else "")
+
+
+def describe(plugin: Any) -> str:
+    """The text from which `parse` rebuilds the plug-in: name and all options."""
+    options = ", ".join(
+        f"{field.name}={_describe_value(getattr(plugin, field.name))}"
+        for field in dataclasses.fields(plugin)
+    )
+    cls = type(plugin)
+    inside = any(cls.__module__.startswith(package + ".") for package in KINDS.values())
+    name = _snake_case(cls.__name__) if inside else f"{cls.__module__}:{cls.__name__}"
+    return f"{name}({options})" if options else name
+
+
+def _build(kinds: list[type], node: ast.expr, text: str, prefix: str = "") -> Any:
+    function, arguments = node, []
+    if isinstance(node, ast.Call):
+        function, arguments = node.func, node.keywords
+        if node.args:
+            raise UserError(f"options in {text!r} need names, for example 'anderson(ridge=1e-8)'")
+    if not isinstance(function, ast.Name):
+        raise UserError(f"{text!r} cannot be read; write a name, or name(option=value, ...)")
+    cls = _find_in(kinds, prefix + function.id)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    options: dict[str, Any] = {}
+    for argument in arguments:
+        if argument.arg not in fields:
+            given = argument.arg or "**"
+            raise UserError(
+                f"{function.id} has no option {given!r}{nearest(given, fields)} "
+                f"(it has: {', '.join(fields) or 'none'})"
+            )
+        options[argument.arg] = _value(argument.value, text)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise UserError(f"{text!r}: {error}") from error
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call | ast.Name):
+        return _build(list(KINDS), node, text)
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise UserError(
+            f"an option of {text!r} is no number, word in quotes, None, or name"
+        ) from error
+
+
+def _find_in(kinds: list[type], name: str) -> type:
+    if ":" in name or len(kinds) == 1:
+        return find(kinds[0], name) if len(kinds) == 1 else _find_outside(object, name)
+    for kind in kinds:
+        if _snake_case(name) in names(kind):
+            return find(kind, name)
+    known = sorted({known for kind in kinds for known in names(kind)})
+    raise UserError(
+        f"nothing is called {name!r}{nearest(name, known)} (there are: {', '.join(known)})"
+    )
+
+
+def _find_outside(kind: type, path: str) -> type:
+    module_name, _, class_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"cannot import {module_name!r} of {path!r}: {error}") from error
+    found = getattr(module, class_name, None)
+    if not (
+        isinstance(found, type) and issubclass(found, kind) and dataclasses.is_dataclass(found)
+    ):
+        raise UserError(f"{path!r} is no dataclass derived from {kind.__name__}")
+    return found
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.replace("-", "_")).lower()
+
+
+def _describe_value(value: Any) -> str:
+    return describe(value) if dataclasses.is_dataclass(value) else repr(value)

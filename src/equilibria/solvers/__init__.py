@@ -1,0 +1,1 @@
+"""Fixed-point solvers, one file each."""

@@ -1,0 +1,41 @@
+"""Stop after a given number of steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equilibria.core.iterate import Measurement
+from equilibria.core.parameters import check_positive_integer
+from equilibria.core.status import RUNNING, Status
+from equilibria.core.termination import Termination
+
+
+@dataclass(frozen=True)
+class FixedSteps(Termination):
+    """Make exactly `num_steps` steps and call the result a success, whatever the residual.
+
+    For weight-tied networks of a given depth (unrolled pre-training) and for comparisons at
+    equal work. The residual is still measured and reported.
+
+    Args:
+        num_steps: steps to make; the solve's `max_steps` must be at least as large.
+
+    Raises:
+        UserError: num_steps below 1.
+    """
+
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        check_positive_integer("num_steps", self.num_steps)
+
+    def init(self, measurement: Measurement) -> None:
+        """Nothing to remember."""
+
+    def check(self, measurement: Measurement, step: int, state: None) -> tuple[Tensor, None]:
+        """SUCCESS for every sample at step `num_steps`."""
+        code = Status.SUCCESS if step >= self.num_steps else RUNNING
+        return torch.full_like(measurement.residual, code, dtype=torch.int8), None
