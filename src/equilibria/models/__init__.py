@@ -1,0 +1,1 @@
+"""Published DEQ models and the explicit models they are compared with, one file each."""

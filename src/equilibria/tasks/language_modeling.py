@@ -1,0 +1,221 @@
+"""Language modelling: predict the next token, segment by segment, with memory across segments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equilibria.api import SolveSettings
+from equilibria.core.errors import UserError
+from equilibria.core.parameters import check_positive_integer
+from equilibria.core.solution import Solution
+from equilibria.models.config import unrolled_settings
+from equilibria.tasks.task import Evaluation, Split, StepLoss, Task
+
+
+class Segment(Protocol):
+    """Inputs and targets (B, L) of one segment, and whether the streams begin with it."""
+
+    @property
+    def inputs(self) -> Tensor: ...
+    @property
+    def targets(self) -> Tensor: ...
+    @property
+    def starts(self) -> bool: ...
+
+
+class TrainingSource(Protocol):
+    """Endless training segments with a place that can be saved."""
+
+    def next_segment(self) -> Segment: ...
+    def state_dict(self) -> dict[str, int]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class LanguageModelOutput(Protocol):
+    """What a language model returns for a segment."""
+
+    @property
+    def logits(self) -> Tensor: ...
+    @property
+    def memory(self) -> tuple[Tensor, ...]: ...
+    @property
+    def solution(self) -> Solution: ...
+
+
+class LanguageModel(Protocol):
+    """What this task needs of a model."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        memory: Any = None,
+        *,
+        memory_length: int = 0,
+        settings: SolveSettings | None = None,
+        trace: bool = False,
+    ) -> LanguageModelOutput: ...
+    def memory_from(self, tensors: Sequence[Tensor]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class LanguageModelingConfig:
+    """Batches, segments and memory of language modelling."""
+
+    batch_size: int = 16
+    """Parallel streams of text in training."""
+    segment_length: int = 64
+    """Tokens per segment; gradients do not cross its borders."""
+    memory_length: int = 64
+    """Positions of the previous segments that training attends to; 0 for none."""
+    pretrain_steps: int = 0
+    """First steps trained as an unrolled weight-tied network, before equilibria are solved."""
+    pretrain_layers: int = 2
+    """Depth of that network."""
+    eval_streams: int = 8
+    """Parallel streams in evaluation; each starts without context, 1 reads the text end to end."""
+    eval_memory_length: int | None = None
+    """Memory in evaluation; None: as in training."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "segment_length", "pretrain_layers", "eval_streams"):
+            check_positive_integer(name, getattr(self, name))
+        if self.memory_length < 0 or (self.eval_memory_length or 0) < 0:
+            given = min(self.memory_length, self.eval_memory_length or 0)
+            raise UserError(f"a memory of {given} positions is impossible; give 0 for no memory")
+        if self.pretrain_steps < 0:
+            raise UserError(f"pretrain_steps={self.pretrain_steps} must be at least 0")
+
+    @property
+    def memory_length_in_evaluation(self) -> int:
+        """The memory evaluation uses, after defaults."""
+        return self.memory_length if self.eval_memory_length is None else self.eval_memory_length
+
+
+class LanguageModeling(Task):
+    """Truncated back-propagation through time over contiguous streams.
+
+    Args:
+        model: a language model on the device where everything is to run.
+        config: batches, segments and memory.
+        training: source of training segments.
+        evaluation: gives the segments of a split, every token a target exactly once.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: LanguageModelingConfig,
+        training: TrainingSource,
+        evaluation: Callable[[Split], Iterable[Segment]],
+    ) -> None:
+        self.model = cast(nn.Module, model)
+        self.config = config
+        self._training = training
+        self._evaluation = evaluation
+        self._memory: Any = None
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model, as this task calls it."""
+        return cast(LanguageModel, self.model)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def training_loss(self, step: int) -> StepLoss:
+        """Mean cross-entropy of the next segment; see `Task.training_loss`."""
+        segment = self._training.next_segment()
+        if segment.starts:
+            self._memory = None
+        unrolled = step < self.config.pretrain_steps
+        output = self.language_model(
+            segment.inputs.to(self._device),
+            self._memory,
+            memory_length=self.config.memory_length,
+            settings=unrolled_settings(self.config.pretrain_layers) if unrolled else None,
+        )
+        self._memory = output.memory if self.config.memory_length else None
+        loss = _cross_entropy(output.logits, segment.targets, "mean")
+        return StepLoss(
+            loss,
+            segment.targets.numel(),
+            output.solution,
+            "unrolled" if unrolled else "equilibrium",
+        )
+
+    def evaluate(self, split: Split) -> Evaluation:
+        """Score a split with the evaluation settings; see `Task.evaluate`."""
+        start = time.perf_counter()
+        total, num_items, memory = 0.0, 0, None
+        num_evals: list[Tensor] = []
+        residuals: list[Tensor] = []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for segment in self._evaluation(split):
+                    memory = None if segment.starts else memory
+                    output = self.language_model(
+                        segment.inputs.to(self._device),
+                        memory,
+                        memory_length=self.config.memory_length_in_evaluation,
+                    )
+                    memory = output.memory if self.config.memory_length_in_evaluation else None
+                    total += _cross_entropy(output.logits, segment.targets, "sum").item()
+                    num_items += int((segment.targets >= 0).sum())
+                    num_evals.append(output.solution.num_steps.cpu() + 1)
+                    residuals.append(output.solution.relative_residual.cpu())
+        finally:
+            self.model.train(was_training)
+        return Evaluation(
+            loss=total / max(num_items, 1),
+            num_items=num_items,
+            num_evals=torch.cat(num_evals),
+            relative_residual=torch.cat(residuals),
+            seconds=time.perf_counter() - start,
+        )
+
+    def trace(self) -> Solution:
+        """Trace both solves on the first validation segment; see `Task.trace`."""
+        segment = next(iter(self._evaluation("valid")))
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.enable_grad():
+                output = self.language_model(segment.inputs.to(self._device), trace=True)
+                loss = _cross_entropy(output.logits, segment.targets, "mean")
+                # grad() and not backward(): a look at the model leaves no gradients behind.
+                parameters = [p for p in self.model.parameters() if p.requires_grad]
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+        finally:
+            self.model.train(was_training)
+        return output.solution
+
+    def state_dict(self) -> dict[str, Any]:
+        """Place in the text, and the memory that came with it."""
+        memory = None if self._memory is None else [t.cpu() for t in self._memory]
+        return {"training": self._training.state_dict(), "memory": memory}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`; see `Task.load_state_dict`."""
+        self._training.load_state_dict(state["training"])
+        tensors = state["memory"]
+        self._memory = (
+            None
+            if tensors is None
+            else self.language_model.memory_from([t.to(self._device) for t in tensors])
+        )
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), reduction=reduction
+    )
