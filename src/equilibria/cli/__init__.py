@@ -1,0 +1,1 @@
+"""The command `equilibria`: one file per sub-command."""

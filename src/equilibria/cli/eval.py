@@ -1,0 +1,69 @@
+"""`equilibria eval`: score a run, with more or fewer solver steps or another memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from equilibria.cli.parsing import parse
+from equilibria.cli.positional import split_run
+from equilibria.cli.runs import load_task, open_run
+from equilibria.core.solver import Solver
+from equilibria.models.config import with_evaluation_solve
+from equilibria.train.statistics import summarize_solves
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to score; what is not given is as the run was trained."""
+
+    split: Literal["valid", "test"] = "test"
+    """Which split."""
+    checkpoint: str = "best"
+    """best, last, or a step."""
+    solver: Solver | None = None
+    """Forward solver, for example "broyden(history_size=30)"."""
+    max_steps: int | None = None
+    """Forward step limit."""
+    rtol: float | None = None
+    """Relative tolerance."""
+    mem_len: Annotated[int | None, tyro.conf.arg(aliases=["--memory-length"])] = None
+    """Positions of memory; more than in training is allowed."""
+    streams: int | None = None
+    """Parallel streams; 1 reads the split end to end."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the score, evaluations and residuals of a run."""
+    path, rest = split_run(arguments, "eval")
+    default = EvalOptions()
+    options = parse(default, rest, prog="equilibria eval RUN", description="Score a run.")
+    run, experiment = open_run(Path(path))
+    task_config = replace(
+        experiment.task,
+        eval_memory_length=(
+            experiment.task.eval_memory_length if options.mem_len is None else options.mem_len
+        ),
+        eval_streams=(experiment.task.eval_streams if options.streams is None else options.streams),
+    )
+    model = with_evaluation_solve(experiment.model, options.solver, options.max_steps, options.rtol)
+    task, _, step = load_task(
+        run, replace(experiment, task=task_config, model=model), options.checkpoint
+    )
+    result = task.evaluate(options.split)
+    solves = summarize_solves(result.num_evals, result.relative_residual)
+    evals, residual = solves["num_evals"], solves["relative_residual"]
+    print(
+        f"{options.split} split, checkpoint of step {step}, {result.num_items} tokens\n"
+        f"loss {result.loss:.4f} nats, perplexity {math.exp(result.loss):.3f}, "
+        f"{result.loss / math.log(2.0):.4f} bits per token\n"
+        f"function evaluations mean {evals['mean']:.1f}, 95th percentile {evals['p95']:.0f}\n"
+        f"relative residual mean {residual['mean']:.1e}, 95th percentile {residual['p95']:.1e}\n"
+        f"{result.seconds:.1f} s, {result.num_items / result.seconds:.0f} tokens/s"
+    )
+    return 0

@@ -1,0 +1,54 @@
+"""Opening a finished or unfinished run for a look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from equilibria.cli.train import check_data, load_config
+from equilibria.core.errors import UserError
+from equilibria.tasks.language_modeling import LanguageModeling
+from equilibria.train.experiment import Corpus, Experiment
+from equilibria.train.run_folder import RunFolder
+
+
+def open_run(path: Path) -> tuple[RunFolder, Experiment]:
+    """Return a run and its configuration.
+
+    Raises:
+        UserError: no run folder, or one without checkpoint.
+    """
+    run = RunFolder.open(path)
+    run.checkpoints.latest()
+    return run, load_config(str(run.config_file))[1]
+
+
+def load_task(
+    run: RunFolder, experiment: Experiment, checkpoint: str
+) -> tuple[LanguageModeling, Corpus, int]:
+    """Build the task of a run with the weights of a checkpoint: "best", "last" or a step.
+
+    Raises:
+        UserError: no such checkpoint, other data, or weights that do not fit.
+    """
+    step = _checkpoint_step(run, checkpoint)
+    corpus = experiment.data.load()
+    check_data(run, corpus)
+    task = experiment.build_task(corpus)
+    run.checkpoints.load_weights(step, task.model)
+    return task, corpus, step
+
+
+def _checkpoint_step(run: RunFolder, checkpoint: str) -> int:
+    steps = run.checkpoints.steps()
+    match checkpoint:
+        case "best":
+            return run.checkpoints.best()
+        case "last":
+            return run.checkpoints.latest()
+        case _ if checkpoint.isdigit() and int(checkpoint) in steps:
+            return int(checkpoint)
+        case _:
+            raise UserError(
+                f"the run has no checkpoint {checkpoint!r}; give 'best', 'last' or one of "
+                f"{', '.join(map(str, steps))}"
+            )

@@ -1,0 +1,111 @@
+"""`equilibria train`: train a recipe, a saved configuration, or go on with a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from equilibria import recipes
+from equilibria.cli.main import EXIT_TRAINING_ERROR
+from equilibria.cli.parsing import parse
+from equilibria.core.errors import UserError
+from equilibria.train.config_file import from_json
+from equilibria.train.environment import describe_environment
+from equilibria.train.experiment import Corpus, Experiment
+from equilibria.train.files import read_json
+from equilibria.train.loop import Trainer, TrainingError
+from equilibria.train.report import finish, render
+from equilibria.train.run_folder import RunFolder
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train; 0 when finished, 128 + signal when stopped and saved, 1 when loss is not finite."""
+    given = list(arguments)
+    if "--resume" in given or any(word.startswith("--resume=") for word in given):
+        trainer, corpus = _resume(given)
+    else:
+        trainer, corpus = _start(given)
+    try:
+        exit_code = trainer.fit()
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_TRAINING_ERROR
+    if exit_code:
+        print(
+            f"stopped after step {trainer.step} and saved; go on with:\n"
+            f"  equilibria train --resume {trainer.run.path}",
+            file=sys.stderr,
+        )
+        return exit_code
+    print(render(finish(trainer, corpus), trainer.run))
+    return 0
+
+
+def load_config(source: str | None) -> tuple[str, Experiment, str]:
+    """Recipe name, configuration and description behind a recipe's name or a config file.
+
+    Raises:
+        UserError: neither a recipe nor a readable configuration.
+    """
+    if source is not None and (source.endswith(".json") or Path(source).is_dir()):
+        file = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+        saved = read_json(file, "give a recipe's name or the config.json of a run")
+        if not isinstance(saved, dict) or not {"recipe", "config"} <= saved.keys():
+            raise UserError(f"{file} has no recipe and config; it is not the config of a run")
+        recipe = recipes.load(str(saved["recipe"]))
+        return recipe.name, from_json(recipe.experiment, saved["config"]), recipe.description
+    recipe = recipes.load(source or recipes.DEFAULT)
+    return recipe.name, recipe.experiment, f"{recipe.description}. Expected: {recipe.expected}"
+
+
+def _start(given: list[str]) -> tuple[Trainer, Corpus]:
+    source = given.pop(0) if given and not given[0].startswith("-") else None
+    name, default, description = load_config(source)
+    experiment = parse(default, given, prog=f"equilibria train {name}", description=description)
+    corpus = experiment.data.load()
+    task = experiment.build_task(corpus)
+    run = RunFolder.create(experiment.train.folder, name)
+    run.write_config(name, experiment)
+    run.write_json(
+        "environment.json",
+        {**describe_environment(experiment.train.torch_device()), "data": corpus.describe()},
+    )
+    run.write_json("vocabulary.json", json.loads(corpus.vocabulary.to_json()))
+    size = sum(p.numel() for p in task.model.parameters())
+    print(f"recipe {name}, {size:,} parameters, run folder {run.path}", file=sys.stderr)
+    return Trainer(experiment, task, run), corpus
+
+
+def _resume(given: list[str]) -> tuple[Trainer, Corpus]:
+    folder = given[0].partition("=")[2] if len(given) == 1 else given[-1]
+    if len(given) > 2 or not folder or folder.startswith("--"):
+        raise UserError(
+            "--resume takes one run folder and no other options, because a resumed run keeps its "
+            "configuration; to change something start anew from RUN/config.json"
+        )
+    run = RunFolder.open(Path(folder))
+    _, experiment, _ = load_config(str(run.config_file))
+    corpus = experiment.data.load()
+    check_data(run, corpus)
+    trainer = Trainer(experiment, experiment.build_task(corpus), run)
+    trainer.resume()
+    print(f"going on after step {trainer.step} in {run.path}", file=sys.stderr)
+    return trainer, corpus
+
+
+def check_data(run: RunFolder, corpus: Corpus) -> None:
+    """Refuse to go on with a run on another text than it began with.
+
+    Raises:
+        UserError: the digest differs.
+    """
+    recorded = run.read_json("environment.json").get("data", {})
+    present = corpus.describe()
+    if recorded.get("digest") != present["digest"]:
+        raise UserError(
+            f"the run was made with text of digest {str(recorded.get('digest'))[:12]}, the text "
+            f"here has {str(present['digest'])[:12]} (python {recorded.get('python_version')} "
+            f"then, {present.get('python_version')} now); use the same text and Python version"
+        )

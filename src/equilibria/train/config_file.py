@@ -1,0 +1,92 @@
+"""Configurations as JSON and back, without losing a type or executing anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import cattrs
+
+from equilibria import registry
+from equilibria.core.errors import UserError, nearest
+
+Config = TypeVar("Config")
+
+
+def to_json(config: Any) -> Any:
+    """Turn a tree of dataclasses into plain JSON values; plug-ins become their description."""
+    if isinstance(config, tuple(registry.KINDS)):
+        return registry.describe(config)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {
+            field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)
+        }
+    if isinstance(config, Path):
+        return str(config)
+    if isinstance(config, tuple):
+        return [to_json(item) for item in config]
+    return config
+
+
+def from_json(default: Config, values: object, path: str = "") -> Config:
+    """Rebuild a configuration from JSON values, on top of a default of the right types.
+
+    Options that the file does not have keep their default, so that old runs stay readable.
+
+    Raises:
+        UserError: an unknown option, or a value of the wrong type or out of range.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path or 'the configuration'} is {values!r}, expected named options")
+    hints = get_type_hints(type(default))
+    known = [field.name for field in dataclasses.fields(default)]  # pyright: ignore[reportArgumentType]
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{path}.{name}" if path else str(name)
+        if name not in known:
+            raise UserError(f"unknown option {where!r}{nearest(str(name), known)}")
+        current = getattr(default, name)
+        if dataclasses.is_dataclass(current) and not isinstance(current, tuple(registry.KINDS)):
+            changes[name] = from_json(current, value, where)
+        else:
+            changes[name] = _leaf(value, hints[name], where)
+    return dataclasses.replace(default, **changes)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def _leaf(value: object, hint: Any, where: str) -> Any:
+    try:
+        return _CONVERTER.structure(value, hint)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"option {where!r} cannot be {value!r}; it is of type {hint}") from error
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in registry.KINDS:
+        converter.register_structure_hook_func(
+            lambda hint, kind=kind: hint is kind or hint == (kind | None),
+            lambda value, _, kind=kind: None if value is None else registry.parse(kind, str(value)),
+        )
+    converter.register_structure_hook(Path, lambda value, _: Path(str(value)))
+    converter.register_structure_hook(bool, _strict(bool))
+    converter.register_structure_hook(int, _strict(int))
+    converter.register_structure_hook(str, _strict(str))
+    return converter
+
+
+def _strict(kind: type) -> Any:
+    """cattrs would turn "5" and 5.7 into 5; a file of ours holds what it means."""
+
+    def structure(value: object, _: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError(value)
+        return value
+
+    return structure
+
+
+_CONVERTER = _make_converter()

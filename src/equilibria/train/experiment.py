@@ -1,0 +1,121 @@
+"""The whole configuration of a run, as one tree of typed, frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from equilibria.core.errors import UserError
+from equilibria.core.parameters import check_positive_integer
+from equilibria.data.segments import Segment, TrainingSegments, evaluation_segments
+from equilibria.models.config import ModelConfig
+from equilibria.tasks.language_modeling import LanguageModeling, LanguageModelingConfig
+from equilibria.tasks.task import Split
+from equilibria.train.optimizers import OptimizerConfig
+
+
+class Vocabulary(Protocol):
+    """Symbols to ids and back."""
+
+    def encode(self, text: str) -> Tensor: ...
+    def decode(self, ids: Any) -> str: ...
+    def to_json(self) -> str: ...
+    def __len__(self) -> int: ...
+
+
+class Corpus(Protocol):
+    """Token ids (T,) of three splits, and what they stand for."""
+
+    @property
+    def train(self) -> Tensor: ...
+    @property
+    def valid(self) -> Tensor: ...
+    @property
+    def test(self) -> Tensor: ...
+    @property
+    def train_text(self) -> str: ...
+    @property
+    def test_text(self) -> str: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    def describe(self) -> dict[str, object]: ...
+
+
+class CorpusConfig(Protocol):
+    """Which text to read."""
+
+    def load(self) -> Corpus: ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run, and how often it reports and saves."""
+
+    num_steps: int = 600
+    """Optimiser steps."""
+    log_every: int = 10
+    """Steps per line of metrics."""
+    eval_every: int = 100
+    """Steps between evaluations on the validation split."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is also written at the end and on Ctrl-C."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints to keep, besides the best on the validation split."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU if there is one."""
+    folder: Path = Path("runs")
+    """Where run folders are made."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            check_positive_integer(name, getattr(self, name))
+
+    def torch_device(self) -> torch.device:
+        """The device to run on.
+
+        Raises:
+            UserError: cuda is asked for and there is none.
+        """
+        available = torch.cuda.is_available()
+        if self.device == "cuda" and not available:
+            raise UserError("device=cuda, but PyTorch sees no GPU here; use --train.device cpu")
+        return torch.device("cuda" if available and self.device != "cpu" else "cpu")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A language-modelling run: data, model, task, optimiser, training, and one seed."""
+
+    data: CorpusConfig
+    model: ModelConfig
+    task: LanguageModelingConfig = LanguageModelingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    seed: int = 0
+    """Seed of initial weights, dropout masks and samples."""
+
+    def build_task(self, corpus: Corpus) -> LanguageModeling:
+        """Make model and task with everything drawn from the seed."""
+        torch.manual_seed(self.seed)
+        model = self.model.build(len(corpus.vocabulary)).to(self.train.torch_device())
+        config = self.task
+        training = TrainingSegments(corpus.train, config.batch_size, config.segment_length)
+
+        def evaluation(split: Split) -> Any:
+            tokens = corpus.valid if split == "valid" else corpus.test
+            return evaluation_segments(tokens, config.eval_streams, config.segment_length)
+
+        return LanguageModeling(model, config, training, evaluation)  # pyright: ignore[reportArgumentType]
+
+
+__all__ = ["Corpus", "CorpusConfig", "Experiment", "Segment", "TrainConfig", "Vocabulary"]

@@ -1,0 +1,71 @@
+"""Optimisers and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from equilibria.core.errors import UserError
+from equilibria.core.parameters import check_not_negative
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimiser, learning-rate schedule and gradient clipping."""
+
+    name: Literal["adam", "adamw", "radam", "sgd"] = "adam"
+    """Which optimiser."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled for adamw, added to the gradient for the others."""
+    momentum: float = 0.9
+    """Of sgd."""
+    schedule: Literal["cosine", "constant", "inverse-sqrt"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises linearly to its peak."""
+    final_fraction: float = 0.02
+    """Where the cosine ends, as a share of the peak."""
+    clip_norm: float = 0.25
+    """Gradients are scaled down to this norm; 0 for no clipping."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate={self.learning_rate} must be above 0")
+        for name in ("weight_decay", "momentum", "warmup_steps", "final_fraction", "clip_norm"):
+            check_not_negative(name, getattr(self, name))
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Make the optimiser."""
+        rate, decay = self.learning_rate, self.weight_decay
+        match self.name:
+            case "adam":
+                return torch.optim.Adam(parameters, rate, weight_decay=decay)
+            case "adamw":
+                return torch.optim.AdamW(parameters, rate, weight_decay=decay)
+            case "radam":
+                return torch.optim.RAdam(parameters, rate, weight_decay=decay)
+            case "sgd":
+                return torch.optim.SGD(parameters, rate, self.momentum, weight_decay=decay)
+
+    def learning_rate_at(self, step: int, num_steps: int) -> float:
+        """Learning rate of 0-based `step` out of `num_steps`; a pure function, nothing to save."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        match self.schedule:
+            case "constant":
+                factor = 1.0
+            case "inverse-sqrt":
+                factor = math.sqrt(max(self.warmup_steps, 1) / (step + 1))
+            case "cosine":
+                span = max(num_steps - self.warmup_steps, 1)
+                progress = min((step - self.warmup_steps) / span, 1.0)
+                falling = 0.5 * (1.0 + math.cos(math.pi * progress))
+                factor = self.final_fraction + (1.0 - self.final_fraction) * falling
+        return self.learning_rate * factor

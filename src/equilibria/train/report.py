@@ -1,0 +1,138 @@
+"""The end of a run: test score beside honest baselines, solver figures, a sample, pictures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from equilibria.diagnostics.plots import plot_run
+from equilibria.tasks.compression_baselines import baselines
+from equilibria.tasks.generation import SamplingConfig, generate
+from equilibria.tasks.language_modeling import LanguageModeling
+from equilibria.train.environment import peak_memory_mib
+from equilibria.train.experiment import Corpus, Experiment
+from equilibria.train.loop import Trainer
+from equilibria.train.run_folder import RunFolder
+from equilibria.train.statistics import summarize_solves
+
+_NAMES = {
+    "unigram": "unigram",
+    "bigram": "bigram",
+    "five_gram": "5-gram, interpolated",
+    "xz": "xz -9e after the training text",
+}
+_TRACED_SAMPLES = 32
+
+
+def finish(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
+    """Judge the best checkpoint on the test split; write and return the summary."""
+    experiment, task, run = trainer.experiment, trainer.task, trainer.run
+    best = run.checkpoints.best()
+    run.checkpoints.load_weights(best, task.model)
+    test = task.evaluate("test")
+    bits = baselines(
+        corpus.train, corpus.test, corpus.train_text, corpus.test_text, len(corpus.vocabulary)
+    )
+    summary: dict[str, Any] = {
+        "kind": "summary",
+        "step": trainer.step,
+        "best_step": best,
+        "test_loss": test.loss,
+        "test_perplexity": math.exp(test.loss),
+        "test_bits_per_character": test.loss / math.log(2.0),
+        "num_test_characters": test.num_items,
+        "baseline_bits_per_character": dict(bits),
+        "training_solves": trainer.statistics.as_dict(),
+        "test_solves": summarize_solves(test.num_evals, test.relative_residual),
+        "training_time": trainer.clock.as_dict(),
+        "peak_memory_mib": peak_memory_mib(experiment.train.torch_device()),
+        "num_parameters": sum(p.numel() for p in task.model.parameters()),
+        "sample": _sample(task, corpus, experiment),
+    }
+    _write_trace(trainer)
+    run.write_json("summary.json", summary)
+    plot_run(run.path, baselines=dict(bits))
+    return summary
+
+
+def _sample(task: LanguageModeling, corpus: Corpus, experiment: Experiment) -> dict[str, str]:
+    prompt = corpus.valid[: experiment.task.segment_length]
+    context = experiment.task.segment_length + experiment.task.memory_length_in_evaluation
+    new = generate(
+        task.language_model, prompt, context, SamplingConfig(num_tokens=300, seed=experiment.seed)
+    )
+    return {
+        "prompt": corpus.vocabulary.decode(prompt),
+        "text": corpus.vocabulary.decode(new),
+    }
+
+
+def _write_trace(trainer: Trainer) -> None:
+    """Record how the residual falls, step by step, at the end of training."""
+    solution = trainer.task.trace()
+    backward = solution.backward.result
+    solve = getattr(trainer.experiment.model, "solve", None)
+    trainer.run.append_metrics(
+        {
+            "kind": "trace",
+            "step": trainer.step,
+            "forward": _by_sample(solution.trace),
+            "backward": _by_sample(None if backward is None else backward.trace),
+            "forward_tolerance": getattr(solve, "rtol", None),
+            "backward_tolerance": getattr(getattr(solve, "adjoint", None), "rtol", None),
+        }
+    )
+
+
+def _by_sample(trace: torch.Tensor | None) -> list[list[float | None]]:
+    """Residuals by sample, without what comes after a sample finished."""
+    if trace is None:
+        return []
+    samples = trace.detach().cpu().T[:_TRACED_SAMPLES].tolist()
+    return [[None if math.isnan(value) else value for value in sample] for sample in samples]
+
+
+def render(summary: dict[str, Any], run: RunFolder) -> str:
+    """The summary as text for a terminal."""
+    scores = {
+        "DEQ model (this run)": summary["test_bits_per_character"],
+        **{_NAMES[name]: value for name, value in summary["baseline_bits_per_character"].items()},
+    }
+    lines = [
+        "",
+        f"test split, {summary['num_test_characters']} characters:",
+        f"  {'':32} bits/character   perplexity",
+    ]
+    for name, bits in sorted(scores.items(), key=lambda item: item[1]):
+        lines.append(f"  {name:32} {bits:14.3f} {2.0**bits:12.2f}")
+    for title, key in (
+        ("equilibria in training", "training_solves"),
+        ("equilibria of the test", "test_solves"),
+    ):
+        if summary[key] is not None:
+            lines.append(_render_solves(title, summary[key]))
+    clock = summary["training_time"]
+    lines += [
+        f"training time: {clock['total_seconds']:.0f} s = forward solves "
+        f"{clock['forward_seconds']:.0f} s + backward solves {clock['backward_seconds']:.0f} s + "
+        f"rest {clock['rest_seconds']:.0f} s",
+        f"peak memory: {summary['peak_memory_mib']:.0f} MiB; parameters: "
+        f"{summary['num_parameters']:,}; best checkpoint: step {summary['best_step']}",
+        "",
+        "sample (the text before | is the prompt):",
+        summary["sample"]["prompt"] + "|" + summary["sample"]["text"],
+        "",
+        f"run folder: {run.path}",
+    ]
+    return "\n".join(lines)
+
+
+def _render_solves(title: str, solves: dict[str, dict[str, float]]) -> str:
+    evals, residual = solves["num_evals"], solves["relative_residual"]
+    return (
+        f"{title}: function evaluations mean {evals['mean']:.1f}, 95th percentile "
+        f"{evals['p95']:.0f}; relative residual mean {residual['mean']:.1e}, 95th percentile "
+        f"{residual['p95']:.1e}"
+    )

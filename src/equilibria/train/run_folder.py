@@ -1,0 +1,117 @@
+"""The folder that holds everything about one run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from equilibria.core.errors import UserError, nearest
+from equilibria.train.checkpoint import CheckpointFolder
+from equilibria.train.config_file import to_json
+from equilibria.train.experiment import Experiment
+from equilibria.train.files import read_json, write_json, write_text
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Files of a run.
+
+    config.json      recipe and every option; `equilibria train RUN/config.json` runs it again
+    environment.json versions, hardware, digest of the data
+    vocabulary.json  symbols of the token ids
+    metrics.jsonl    one record per line
+    summary.json     final figures
+    checkpoints/     weights and training state
+    tensorboard/     the same metrics as events
+    plots/           PNG pictures
+    """
+
+    path: Path
+
+    @staticmethod
+    def create(parent: Path, recipe: str) -> RunFolder:
+        """Make a new folder named by recipe and time; an existing one is never touched."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for attempt in range(1000):
+            path = parent / (f"{recipe}-{stamp}" + (f"-{attempt}" if attempt else ""))
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"the run folder {path} cannot be made ({error.strerror}); choose another "
+                    "place with --train.folder"
+                ) from error
+            return RunFolder(path)
+        raise UserError(f"{parent} is full of runs of this second; try again")
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """Open an existing run.
+
+        Raises:
+            UserError: nothing is there, or it is no run folder.
+        """
+        if not path.is_dir():
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise UserError(f"{path} is no folder{nearest(path.name, siblings)}; give a run folder")
+        run = RunFolder(path)
+        if not run.config_file.exists():
+            raise UserError(f"{path} is no run folder: it has no config.json")
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def vocabulary_file(self) -> Path:
+        return self.path / "vocabulary.json"
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(self.path / "checkpoints")
+
+    def write_config(self, recipe: str, experiment: Experiment) -> None:
+        """Record the recipe's name and the resolved configuration."""
+        write_json(self.config_file, {"recipe": recipe, "config": to_json(experiment)})
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON file of the run."""
+        write_json(self.path / name, value)
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file of the run."""
+        return read_json(self.path / name, "the run folder is incomplete")
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one line to the metrics and hand it to the system at once."""
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Records so far; a line that a crash cut short is skipped."""
+        if not self.metrics_file.exists():
+            return
+        with self.metrics_file.open(encoding="utf-8") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop records after `step`, so that resuming does not write a step twice."""
+        kept = [r for r in self.metrics() if "step" in r and r["step"] <= step]
+        write_text(self.metrics_file, "".join(json.dumps(r) + "\n" for r in kept))
