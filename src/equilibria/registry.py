@@ -2,7 +2,8 @@
 
 A plug-in's name is the name of its file: `solvers/anderson.py` is "anderson". Hyper-parameters are
 written like a call, "anderson(history_size=8)", and nest: "implicit(solver=broyden, rtol=1e-3)".
-A class of one's own is "package.module:Class(option=1)". The text is parsed, never executed.
+A class of one's own is "package.module:Class(option=1)", also inside another plug-in. Hyphens and
+underscores in names are the same. The text is parsed, never executed.
 """
 
 from __future__ import annotations
@@ -42,22 +43,25 @@ def find(kind: type, name: str) -> type:
         UserError: nothing has that name; the message has the nearest one and the full list.
     """
     if ":" in name:
-        return _find_outside(kind, name)
-    snake = _snake_case(name)
-    if snake not in names(kind):
-        known = names(kind)
+        return _find_outside([kind], name)
+    snake, known = _snake_case(name), names(kind)
+    if snake not in known:
         raise UserError(
             f"no {kind.__name__} is called {name!r}{nearest(snake, known)} "
             f"(there are: {', '.join(known)})"
         )
     module = importlib.import_module(f"{KINDS[kind]}.{snake}")
-    return next(
-        item
-        for item in vars(module).values()
-        if isinstance(item, type)
-        and issubclass(item, kind)
-        and item.__module__ == module.__name__
-        and _snake_case(item.__name__) == snake
+    for item in vars(module).values():
+        if (
+            isinstance(item, type)
+            and issubclass(item, kind)
+            and item.__module__ == module.__name__
+            and _snake_case(item.__name__) == snake
+        ):
+            return item
+    raise UserError(
+        f"the file of {module.__name__} defines no {kind.__name__} of its own name; the class "
+        f"in {snake}.py is to be called {snake.title().replace('_', '')}"
     )
 
 
@@ -67,15 +71,14 @@ def parse(kind: type, text: str) -> Any:
     Raises:
         UserError: malformed text, an unknown name or option, or a value the class refuses.
     """
-    prefix, _, rest = text.strip().rpartition(":")
     try:
-        tree = ast.parse(rest, mode="eval").body
-    except (SyntaxError, ValueError) as error:
+        tree = ast.parse(_as_python(text.strip()), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(
             f"{text!r} cannot be read; write a name, or a name with options such as "
             "'anderson(history_size=8)'"
         ) from error
-    return _build([kind], tree, text, f"{prefix}:" if prefix else "")
+    return _build([kind], tree, text)
 
 
 def describe(plugin: Any) -> str:
@@ -90,22 +93,32 @@ def describe(plugin: Any) -> str:
     return f"{name}({options})" if options else name
 
 
-def _build(kinds: list[type], node: ast.expr, text: str, prefix: str = "") -> Any:
+_QUOTED_OR_MARK = re.compile(
+    r"""(?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+    r"|(?P<colon>(?<=\w):(?=[A-Za-z_]))"
+    r"|(?<=[A-Za-z])-(?=[A-Za-z])"
+)
+
+
+def _as_python(text: str) -> str:
+    """Write "module:Class" as "module.Class" and "one-step" as "one_step", except in quotes."""
+    return _QUOTED_OR_MARK.sub(lambda m: m["quoted"] or ("." if m["colon"] else "_"), text)
+
+
+def _build(kinds: list[type], node: ast.expr, text: str) -> Any:
     function, arguments = node, []
     if isinstance(node, ast.Call):
         function, arguments = node.func, node.keywords
         if node.args:
             raise UserError(f"options in {text!r} need names, for example 'anderson(ridge=1e-8)'")
-    if not isinstance(function, ast.Name):
-        raise UserError(f"{text!r} cannot be read; write a name, or name(option=value, ...)")
-    cls = _find_in(kinds, prefix + function.id)
+    cls = _find_in(kinds, function, text)
     fields = [field.name for field in dataclasses.fields(cls)]
     options: dict[str, Any] = {}
     for argument in arguments:
         if argument.arg not in fields:
             given = argument.arg or "**"
             raise UserError(
-                f"{function.id} has no option {given!r}{nearest(given, fields)} "
+                f"{ast.unparse(function)} has no option {given!r}{nearest(given, fields)} "
                 f"(it has: {', '.join(fields) or 'none'})"
             )
         options[argument.arg] = _value(argument.value, text)
@@ -116,21 +129,25 @@ def _build(kinds: list[type], node: ast.expr, text: str, prefix: str = "") -> An
 
 
 def _value(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.Call | ast.Name):
+    if isinstance(node, ast.Call | ast.Name | ast.Attribute):
         return _build(list(KINDS), node, text)
     try:
         return ast.literal_eval(node)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(
             f"an option of {text!r} is no number, word in quotes, None, or name"
         ) from error
 
 
-def _find_in(kinds: list[type], name: str) -> type:
-    if ":" in name or len(kinds) == 1:
-        return find(kinds[0], name) if len(kinds) == 1 else _find_outside(object, name)
+def _find_in(kinds: list[type], function: ast.expr, text: str) -> type:
+    if isinstance(function, ast.Attribute):
+        module, _, name = ast.unparse(function).rpartition(".")
+        return _find_outside(kinds, f"{module}:{name}")
+    if not isinstance(function, ast.Name):
+        raise UserError(f"{text!r} cannot be read; write a name, or name(option=value, ...)")
+    name = function.id
     for kind in kinds:
-        if _snake_case(name) in names(kind):
+        if len(kinds) == 1 or _snake_case(name) in names(kind):
             return find(kind, name)
     known = sorted({known for kind in kinds for known in names(kind)})
     raise UserError(
@@ -138,18 +155,29 @@ def _find_in(kinds: list[type], name: str) -> type:
     )
 
 
-def _find_outside(kind: type, path: str) -> type:
+def _find_outside(kinds: list[type], path: str) -> type:
     module_name, _, class_name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"cannot import {module_name!r} of {path!r}: {error}") from error
+    except (ImportError, ValueError, TypeError) as error:
+        raise UserError(
+            f"cannot import {module_name!r} of {path!r} ({error}); install it, or put its folder "
+            "on PYTHONPATH"
+        ) from error
     found = getattr(module, class_name, None)
-    if not (
-        isinstance(found, type) and issubclass(found, kind) and dataclasses.is_dataclass(found)
-    ):
-        raise UserError(f"{path!r} is no dataclass derived from {kind.__name__}")
+    if found is None:
+        classes = [name for name, item in vars(module).items() if _is_plugin(item, kinds)]
+        raise UserError(f"{module_name} has no class {class_name!r}{nearest(class_name, classes)}")
+    if not _is_plugin(found, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{path!r} is no dataclass derived from {wanted}")
     return found
+
+
+def _is_plugin(item: object, kinds: list[type]) -> bool:
+    return (
+        isinstance(item, type) and issubclass(item, tuple(kinds)) and dataclasses.is_dataclass(item)
+    )
 
 
 def _snake_case(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,18 +30,26 @@ def main(arguments: Sequence[str]) -> int:
         trainer, corpus = _start(given)
     try:
         exit_code = trainer.fit()
+        if exit_code:
+            _say_how_to_go_on(trainer, f"stopped after step {trainer.step} and saved")
+            return exit_code
+        summary = finish(trainer, corpus)
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_TRAINING_ERROR
-    if exit_code:
-        print(
-            f"stopped after step {trainer.step} and saved; go on with:\n"
-            f"  equilibria train --resume {trainer.run.path}",
-            file=sys.stderr,
-        )
-        return exit_code
-    print(render(finish(trainer, corpus), trainer.run))
+    except KeyboardInterrupt:
+        # a second Ctrl-C, or one while the report is made
+        steps = trainer.run.checkpoints.steps()
+        if steps:
+            _say_how_to_go_on(trainer, f"stopped at once; step {steps[-1]} is saved")
+        raise
+    print(render(summary, trainer.run))
     return 0
+
+
+def _say_how_to_go_on(trainer: Trainer, what: str) -> None:
+    folder = shlex.quote(str(trainer.run.path))
+    print(f"{what}; go on with:\n  equilibria train --resume {folder}", file=sys.stderr)
 
 
 def load_config(source: str | None) -> tuple[str, Experiment, str]:

@@ -115,4 +115,5 @@ def with_evaluation_solve(
             f"{type(model).__name__} is an explicit model without a solver; leave out "
             f"{', '.join(name.removeprefix('eval_') for name in changes)}"
         )
-    return replace(model, solve=replace(solve, **changes))  # pyright: ignore
+    changed = replace(solve, **changes)
+    return replace(model, solve=changed)  # pyright: ignore[reportArgumentType, reportCallIssue, reportGeneralTypeIssues]

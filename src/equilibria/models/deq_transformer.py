@@ -59,9 +59,11 @@ class DEQTransformerConfig(ModelConfig):
         for name in ("d_model", "num_heads", "d_inner"):
             check_positive_integer(name, getattr(self, name))
         if self.d_model % self.num_heads:
+            divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
             raise UserError(
                 f"num_heads={self.num_heads} does not divide d_model={self.d_model}; choose a "
-                f"divisor such as {math.gcd(self.d_model, self.num_heads)}, or another d_model"
+                f"divisor such as {min(divisors, key=lambda n: abs(n - self.num_heads))}, or "
+                "another d_model"
             )
         if self.norm not in ("post", "pre"):
             raise UserError(f"norm={self.norm!r} is neither 'post' nor 'pre'")

@@ -65,7 +65,7 @@ def generate(
             for _ in range(sampling.num_tokens):
                 output = model(tokens, memory, memory_length=memory_length)
                 memory = output.memory
-                token = _draw(output.logits[0, -1].float().cpu(), sampling, generator)
+                token = _draw(output.logits[0, -1].double().cpu(), sampling, generator)
                 new.append(token)
                 tokens = token.view(1, 1).to(device)
     finally:
@@ -77,7 +77,8 @@ def _draw(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) 
     """Draw one id () from logits (V,)."""
     if sampling.temperature == 0.0:
         return logits.argmax()
-    logits = logits / sampling.temperature
+    # The largest becomes 0 before the division, which a tiny temperature would make infinite.
+    logits = (logits - logits.max()) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.numel():
         threshold = logits.topk(sampling.top_k).values[-1]
         logits = logits.masked_fill(logits < threshold, -torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -58,24 +59,28 @@ class CheckpointFolder:
 
     def best(self) -> int:
         """Step of the best checkpoint on the validation split; the newest if none is marked."""
-        marker = self.folder / _BEST
-        if marker.exists():
-            step = read_json(marker, "delete it to use the newest checkpoint").get("step")
-            if step in self.steps():
-                return int(step)
-        return self.latest()
+        step, _ = self._mark()
+        return self.latest() if step is None else step
 
     def best_loss(self) -> float:
         """Validation loss of the best checkpoint, infinity if none is marked."""
-        marker = self.folder / _BEST
-        if not marker.exists():
-            return float("inf")
-        return float(read_json(marker, "delete it to start over")["loss"])
+        return self._mark()[1]
+
+    def _mark(self) -> tuple[int | None, float]:
+        """Step and loss of the best checkpoint; a mark of one that is gone counts for nothing."""
+        file, advice = self.folder / _BEST, "delete it to use the newest checkpoint"
+        if not file.exists():
+            return None, math.inf
+        match read_json(file, advice):
+            case {"step": int(step), "loss": int() | float() as loss}:
+                return (step, float(loss)) if step in self.steps() else (None, math.inf)
+            case _:
+                raise UserError(f"{file} holds no step and loss; {advice}")
 
     def save(self, step: int, model: nn.Module, training: dict[str, Any]) -> Path:
         """Write a checkpoint beside the others and move it into place when it is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".writing-*"):
+        for leftover in (*self.folder.glob(".writing-*"), *self.folder.glob(".former-*")):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary = self.folder / f".writing-{step:08d}"
         temporary.mkdir()
@@ -86,15 +91,26 @@ class CheckpointFolder:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
             flush_folder(temporary)
-            target = self.path(step)
-            if target.exists():
-                shutil.rmtree(target)
-            os.rename(temporary, target)
+            self._put_in_place(temporary, self.path(step))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         flush_folder(self.folder)
-        return target
+        return self.path(step)
+
+    def _put_in_place(self, complete: Path, target: Path) -> None:
+        """Rename a complete checkpoint; one of the same step makes way only for the new one."""
+        if not target.exists():
+            os.rename(complete, target)
+            return
+        former = self.folder / f".former-{target.name}"
+        os.rename(target, former)
+        try:
+            os.rename(complete, target)
+        except BaseException:
+            os.rename(former, target)
+            raise
+        shutil.rmtree(former, ignore_errors=True)
 
     def mark_best(self, step: int, loss: float) -> None:
         """Remember which checkpoint has the lowest validation loss."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import cattrs
 
@@ -61,32 +61,39 @@ def _leaf(value: object, hint: Any, where: str) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"option {where!r} cannot be {value!r}; it is of type {hint}") from error
+        raise UserError(
+            f"option {where!r} cannot be {value!r}; {_expected(hint, value)}"
+        ) from error
+
+
+def _expected(hint: Any, given: object) -> str:
+    if get_origin(hint) is Literal:
+        choices = [str(choice) for choice in get_args(hint)]
+        return f"give one of {', '.join(choices)}{nearest(str(given), choices)}"
+    return f"give a value of type {hint.__name__ if isinstance(hint, type) else hint}"
 
 
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in registry.KINDS:
         converter.register_structure_hook_func(
-            lambda hint, kind=kind: hint is kind or hint == (kind | None),
-            lambda value, _, kind=kind: None if value is None else registry.parse(kind, str(value)),
+            lambda hint, kind=kind: hint is kind,
+            lambda value, _, kind=kind: registry.parse(kind, _strict(str, value)),
         )
-    converter.register_structure_hook(Path, lambda value, _: Path(str(value)))
-    converter.register_structure_hook(bool, _strict(bool))
-    converter.register_structure_hook(int, _strict(int))
-    converter.register_structure_hook(str, _strict(str))
+    converter.register_structure_hook(Path, lambda value, _: Path(_strict(str, value)))
+    converter.register_structure_hook(float, lambda value, _: float(_strict((int, float), value)))
+    for plain in (bool, int, str):
+        converter.register_structure_hook(
+            plain, lambda value, _, plain=plain: _strict(plain, value)
+        )
     return converter
 
 
-def _strict(kind: type) -> Any:
+def _strict(kinds: type | tuple[type, ...], value: Any) -> Any:
     """cattrs would turn "5" and 5.7 into 5; a file of ours holds what it means."""
-
-    def structure(value: object, _: Any) -> Any:
-        if type(value) is not kind:
-            raise TypeError(value)
-        return value
-
-    return structure
+    if type(value) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
+        raise TypeError(value)
+    return value
 
 
 _CONVERTER = _make_converter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Corpus(Protocol):
     def describe(self) -> dict[str, object]: ...
 
 
+@runtime_checkable  # the command line asks whether the default is one, to offer its options
 class CorpusConfig(Protocol):
     """Which text to read."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from equilibria.core.errors import UserError
 from equilibria.tasks.language_modeling import LanguageModeling
 from equilibria.tasks.task import StepLoss
 from equilibria.train.experiment import Experiment
@@ -46,18 +47,26 @@ class Trainer:
         self._valid_loss: float | None = None
 
     def resume(self) -> None:
-        """Go back to the newest checkpoint of the run, bit for bit."""
-        step = self.run.checkpoints.latest()
-        state = self.run.checkpoints.load_training(step)
-        self.run.checkpoints.load_weights(step, self.task.model)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.task.load_state_dict(state["task"])
-        self.clock = Clock(**state["clock"])
-        self.statistics.load_state_dict(state["statistics"])
-        self._interval = Interval.from_state_dict(state["interval"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if torch.cuda.is_available() and state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        """Go back to the newest checkpoint of the run, bit for bit.
+
+        Raises:
+            UserError: there is none, or it is damaged or belongs to another run.
+        """
+        checkpoints = self.run.checkpoints
+        step = checkpoints.latest()
+        state = checkpoints.load_training(step)
+        checkpoints.load_weights(step, self.task.model)
+        try:
+            self._restore(state)
+        except UserError:
+            raise
+        except Exception as error:
+            # whatever optimisers and generators raise when they are given something foreign
+            raise UserError(
+                f"the training state in {checkpoints.path(step)} does not fit this run "
+                f"({type(error).__name__}: {error}); delete that folder to resume from the "
+                "checkpoint before it"
+            ) from error
         self.step = step
         self.run.rewind_metrics(step)
 
@@ -77,7 +86,8 @@ class Trainer:
                 progress.advance()
                 self._report(progress, log)
                 if stop.signal is not None:
-                    self._save()
+                    if self.step not in self.run.checkpoints.steps():
+                        self._save()
                     return stop.exit_code
         return 0
 
@@ -149,6 +159,17 @@ class Trainer:
             checkpoints.mark_best(self.step, self._valid_loss)
         self._valid_loss = None
         checkpoints.prune(self.experiment.train.keep_checkpoints)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        device = next(self.task.model.parameters()).device
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.task.load_state_dict(state["task"])
+        self.clock = Clock(**state["clock"])
+        self.statistics.load_state_dict(state["statistics"])
+        self._interval = Interval.from_state_dict(state["interval"], device)
+        torch.set_rng_state(state["random"]["cpu"])
+        if torch.cuda.is_available() and state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
 
     def _training_state(self) -> dict[str, Any]:
         return {

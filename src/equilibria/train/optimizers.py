@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from equilibria.core.errors import UserError
+from equilibria.core.errors import UserError, nearest
 from equilibria.core.parameters import check_not_negative
+
+OptimizerName = Literal["adam", "adamw", "radam", "sgd"]
+Schedule = Literal["cosine", "constant", "inverse-sqrt"]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Optimiser, learning-rate schedule and gradient clipping."""
 
-    name: Literal["adam", "adamw", "radam", "sgd"] = "adam"
+    name: OptimizerName = "adam"
     """Which optimiser."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
@@ -26,7 +29,7 @@ class OptimizerConfig:
     """Decoupled for adamw, added to the gradient for the others."""
     momentum: float = 0.9
     """Of sgd."""
-    schedule: Literal["cosine", "constant", "inverse-sqrt"] = "cosine"
+    schedule: Schedule = "cosine"
     """Course of the learning rate after warm-up."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises linearly to its peak."""
@@ -36,8 +39,10 @@ class OptimizerConfig:
     """Gradients are scaled down to this norm; 0 for no clipping."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate={self.learning_rate} must be above 0")
+        _check_choice("name", self.name, OptimizerName)
+        _check_choice("schedule", self.schedule, Schedule)
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate={self.learning_rate} must be a number above 0")
         for name in ("weight_decay", "momentum", "warmup_steps", "final_fraction", "clip_norm"):
             check_not_negative(name, getattr(self, name))
 
@@ -69,3 +74,11 @@ class OptimizerConfig:
                 falling = 0.5 * (1.0 + math.cos(math.pi * progress))
                 factor = self.final_fraction + (1.0 - self.final_fraction) * falling
         return self.learning_rate * factor
+
+
+def _check_choice(name: str, given: str, choices: Any) -> None:
+    known = get_args(choices)
+    if given not in known:
+        raise UserError(
+            f"{name}={given!r} is not one of {', '.join(known)}{nearest(str(given), known)}"
+        )

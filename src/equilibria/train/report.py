@@ -80,7 +80,7 @@ def _write_trace(trainer: Trainer) -> None:
             "step": trainer.step,
             "forward": _by_sample(solution.trace),
             "backward": _by_sample(None if backward is None else backward.trace),
-            "forward_tolerance": getattr(solve, "rtol", None),
+            "forward_tolerance": getattr(solve, "eval_rtol", None) or getattr(solve, "rtol", None),
             "backward_tolerance": getattr(getattr(solve, "adjoint", None), "rtol", None),
         }
     )

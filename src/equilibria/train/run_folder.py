@@ -102,16 +102,30 @@ class RunFolder:
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Records so far; a line that a crash cut short is skipped."""
-        if not self.metrics_file.exists():
-            return
-        with self.metrics_file.open(encoding="utf-8") as file:
-            for line in file:
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    continue
+        for _, record in self._metrics_lines():
+            yield record
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop records after `step`, so that resuming does not write a step twice."""
-        kept = [r for r in self.metrics() if "step" in r and r["step"] <= step]
-        write_text(self.metrics_file, "".join(json.dumps(r) + "\n" for r in kept))
+        """Drop records after `step`, so that resuming does not write a step twice.
+
+        The trace, which a run writes at its end, goes too: that end will come again.
+        """
+        kept = [
+            line
+            for line, record in self._metrics_lines()
+            if record["step"] <= step and record.get("kind") != "trace"
+        ]
+        write_text(self.metrics_file, "".join(kept))
+
+    def _metrics_lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every complete record with its line as it was written."""
+        if not self.metrics_file.exists():
+            return
+        with self.metrics_file.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    yield line, record

@@ -67,9 +67,13 @@ class Interval:
         return {**vars(self), "clock": vars(self.clock)}
 
     @staticmethod
-    def from_state_dict(state: dict[str, Any]) -> Interval:
-        """Restore `state_dict`."""
-        values: dict[str, Any] = {**state, "clock": Clock(**state["clock"])}
+    def from_state_dict(state: dict[str, Any], device: torch.device) -> Interval:
+        """Restore `state_dict`, with the tensors where those to come will be."""
+        values: dict[str, Any] = {
+            name: [tensor.to(device) for tensor in value] if isinstance(value, list) else value
+            for name, value in state.items()
+        }
+        values["clock"] = Clock(**state["clock"])
         return Interval(**values)
 
     def record(self) -> dict[str, Any]:
@@ -109,8 +113,8 @@ class SolveStatistics:
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Restore `state_dict`."""
-        self._num_evals.extend(state["num_evals"])
-        self._residuals.extend(state["residuals"])
+        self._num_evals = deque(state["num_evals"], maxlen=_KEPT_STEPS)
+        self._residuals = deque(state["residuals"], maxlen=_KEPT_STEPS)
 
     def as_dict(self) -> dict[str, dict[str, float]] | None:
         """Mean and 95th percentile, None before the first equilibrium step."""
