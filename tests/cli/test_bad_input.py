@@ -1,0 +1,291 @@
+"""What cannot work: one sentence with what to do, code 2, no traceback, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def _refused(result: Any, message: str) -> None:
+    assert result.code == 2, (result.out, result.err)
+    assert re.search(message, result.text), result.text
+    assert "Traceback" not in result.out + result.err
+    assert result.out == ""
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pydoc-charcters"], "no recipe is called 'pydoc-charcters'; did you mean 'pydoc-char"),
+        (["nothing.json"], "nothing.json is missing; give a recipe's name or the config.json"),
+        (["pydoc-characters", "more"], "Unrecognized options: more"),
+        (["--train.num-stepz", "5"], r"--train\.num-stepz.*Perhaps you meant.*--train\.num-steps"),
+        (["--train.num_stepz", "5"], r"Perhaps you meant.*--train\.num-steps"),
+        (["--model.solve.solver", "andersn"], "'andersn'; did you mean 'anderson'"),
+        (["--model.solve.solver", "implicit"], "no Solver is called 'implicit'.*there are: anders"),
+        (["--model.solve.solver", "None"], "no Solver is called 'None'"),
+        (
+            ["--model.solve.solver", "anderson(histry_size=3)"],
+            "no option 'histry_size'; did you mean 'history_size'",
+        ),
+        (["--model.solve.solver", "anderson(history_size=0)"], "history_size=0 must be an integer"),
+        (["--model.solve.adjoint", "implict"], "'implict'; did you mean 'implicit'"),
+        (["--model.solve.adjoint", "implicit(solver=pickard)"], "did you mean 'picard'"),
+        (["--model.solve.eval-solver", "brodyen"], "'brodyen'; did you mean 'broyden'"),
+        (["--model.norm", "pots"], "invalid choice 'pots'.*'post'"),
+        (["--optimizer.name", "adan"], "invalid choice 'adan'.*'adam'"),
+        (["--train.num-steps", "many"], "many"),
+        (["--train.num-steps", "1.5"], "1.5"),
+        (["--train.num-steps", "0"], "num_steps=0 must be an integer of at least 1"),
+        (["--train.num-steps"], "--train.num-steps"),
+        (["--model.dropout", "1.5"], "dropout=1.5 must be at least 0 and below 1"),
+        (["--model.num-heads", "3"], "num_heads=3 does not divide d_model=8"),
+        (["--model.solve.max-steps", "0"], "max_steps=0 allows no step; give at least 1"),
+        (["--model.solve.rtol", "-1"], "rtol=-1.0 must be a finite number of at least 0"),
+        (["--optimizer.learning-rate", "0"], "learning_rate=0.0 must be"),
+        (["--task.memory-length", "-1"], "memory of -1 positions is impossible; give 0"),
+        (["--task.pretrain-layers", "0"], "pretrain_layers=0 must be"),
+        (["--data.path", "nowhere.txt"], "there is no file '.*nowhere.txt'"),
+        (["--data.path", "."], "is a directory; give the path of one text file"),
+        (["--data.valid-fraction", "0.9"], "leave no text to train on"),
+        (["--task.segment-length", "5000"], "cannot fill one segment of length 5000"),
+    ],
+)
+def test_training_that_cannot_begin_makes_no_folder(
+    cli: Any, tiny: list[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    source = [arguments.pop(0)] if not arguments[0].startswith("-") else []
+    place = ["--train.folder", str(tmp_path / "runs")]
+    _refused(cli("train", *source, *tiny, *place, *arguments), message)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; give a file with text"),
+        (b" \n\t\n", "holds only white space"),
+        (b"caf\xe9 au lait\n" * 100, "is not UTF-8 text: byte 3 is 0xe9"),
+        (b"one short line\n", "each needs at least 2|cannot fill one segment"),
+        (b"one line that is long enough to be split but not to be cut up\n", "cannot fill one seg"),
+    ],
+)
+def test_text_that_cannot_be_learnt(
+    cli: Any, tiny: list[str], tmp_path: Path, content: bytes, message: str
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes(content)
+    place = ["--train.folder", tmp_path / "runs", "--data.path", file]
+    _refused(cli("train", *tiny, *place), message)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_gpu(cli: Any, tiny: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    place = ["--train.folder", tmp_path / "runs", "--train.device", "cuda"]
+    _refused(cli("train", *tiny, *place), "PyTorch sees no GPU here; use --train.device cpu")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_where_runs_should_go(cli: Any, tiny: list[str], tmp_path: Path) -> None:
+    place = tmp_path / "runs"
+    place.write_text("precious")
+    _refused(cli("train", *tiny, "--train.folder", place), "choose another place with")
+    assert place.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"config\.json cannot be read"),
+        ("[]", "has no recipe and config; it is not the config of a run"),
+        ('{"recipe": "pydoc-characters"}', "has no recipe and config"),
+        ('{"recipe": "pydoc-chars", "config": {}}', "did you mean 'pydoc-characters'"),
+        ('{"recipe": "pydoc-characters", "config": []}', "expected named options"),
+        (
+            '{"recipe": "pydoc-characters", "config": {"taks": {}}}',
+            "unknown option 'taks'; did you mean 'task'",
+        ),
+        (
+            '{"recipe": "pydoc-characters", "config": {"seed": "three"}}',
+            "option 'seed' cannot be 'three'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "resume", "eval", "generate"])
+def test_a_damaged_configuration(
+    cli: Any, run: Path, tmp_path: Path, content: str, message: str, command: str
+) -> None:
+    (run / "config.json").write_text(content)
+    before = _bytes(tmp_path)
+    arguments = ["train", "--resume", run] if command == "resume" else [command, run]
+    _refused(cli(*arguments), message)
+    assert _bytes(tmp_path) == before
+
+
+def _remove_checkpoints(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def _empty_checkpoints(run: Path) -> None:
+    _remove_checkpoints(run)
+    (run / "checkpoints").mkdir()
+
+
+def _cut(name: str) -> Callable[[Path], None]:
+    def cut(run: Path) -> None:
+        for file in (run / "checkpoints").glob(f"step-*/{name}"):
+            file.write_bytes(file.read_bytes()[:-7])
+
+    return cut
+
+
+def _other_shape(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["model"]["d_inner"] = 10
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def _other_text(run: Path) -> None:
+    file = run.parent / "other.txt"
+    file.write_text("another text altogether, of the same characters or not\n" * 9)
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["data"]["path"] = str(file)
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def _no_text(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["data"]["path"] = str(run.parent / "gone.txt")
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda run: (run / name).unlink()
+
+
+def _write(name: str, content: str) -> Callable[[Path], Any]:
+    return lambda run: (run / name).write_text(content)
+
+
+LOOKS = ["resume", "eval", "generate"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "commands", "message"),
+    [
+        (_remove_checkpoints, LOOKS, "holds no checkpoint; .* start it again with 'equilibria tr"),
+        (_empty_checkpoints, LOOKS, "holds no checkpoint"),
+        (_cut("model.safetensors"), LOOKS, "model.safetensors is truncated or damaged"),
+        (_cut("training.pt"), ["resume"], "training.pt is missing, truncated or damaged.*delete"),
+        (_other_shape, LOOKS, "has .* of shape .*the configuration or the text has changed since"),
+        (_other_text, LOOKS, "the run was made with text of digest .*; use the same text"),
+        (_no_text, LOOKS, "there is no file '.*gone.txt'"),
+        (_remove("config.json"), LOOKS, "is no run folder: it has no config.json"),
+        (_remove("environment.json"), LOOKS, "environment.json is missing; the run folder is inc"),
+        (_write("environment.json", "[]"), LOOKS, "environment.json"),
+        (_write("environment.json", '{"data": 3}'), LOOKS, "environment.json"),
+        (_write("checkpoints/best.json", "{"), ["eval", "generate"], "best.json cannot be read"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_damaged_run(
+    cli: Any,
+    run: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    commands: list[str],
+    message: str,
+) -> None:
+    damage(run)
+    before = _bytes(tmp_path)
+    for command in commands:
+        arguments = ["train", "--resume", run] if command == "resume" else [command, run]
+        _refused(cli(*arguments), message)
+        assert _bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_a_run_that_is_not_there(cli: Any, run: Path, command: str) -> None:
+    _refused(cli(command), f"{command} needs a run folder first: equilibria {command} RUN")
+    _refused(cli(command, run.parent / "rum"), "rum is no folder; did you mean 'run'")
+    _refused(cli(command, run / "config.json"), "config.json is no folder")
+    _refused(cli(command, ""), "no run folder|is no folder")
+    _refused(cli(command, "--seed", 3), "needs a run folder first")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("eval", ["--max-stepz", "3"], "Perhaps you meant.*--max-steps"),
+        ("eval", ["--max-steps", "0"], "max_steps=0 allows no step"),
+        ("eval", ["--rtol", "-1"], "rtol=-1.0 must be"),
+        ("eval", ["--mem-len", "-5"], "a memory of -5 positions is impossible; give 0"),
+        ("eval", ["--streams", "0"], "eval_streams=0 must be an integer of at least 1"),
+        ("eval", ["--solver", "andersen"], "'andersen'; did you mean 'anderson'"),
+        ("eval", ["--split", "train"], "invalid choice 'train'.*'valid'"),
+        ("eval", ["--checkpoint", "3"], "no checkpoint '3'; give 'best', 'last' or one of "),
+        ("eval", ["--checkpoint", "bets"], "no checkpoint 'bets'; give 'best', 'last'"),
+        ("eval", ["--checkpoint", "²"], "no checkpoint '²'"),
+        ("eval", ["extra"], "Unrecognized options: extra"),
+        ("generate", ["--prompt", ""], "the prompt is empty; give at least one character"),
+        ("generate", ["--prompt", "Ünïcode"], "the text uses 'Ü', 'ï'.*does not have"),
+        ("generate", ["--mem-len", "0"], "memory of 0 positions cannot carry .* give --mem-len"),
+        ("generate", ["--temperature", "-1"], "temperature=-1.0 must be a number of at least 0"),
+        ("generate", ["--top-k", "0"], "top_k=0 must be an integer of at least 1"),
+        ("generate", ["--num-tokens", "0"], "num_tokens=0 must be an integer of at least 1"),
+        ("generate", ["--num-token", "0"], "Perhaps you meant.*--num-tokens"),
+        ("generate", ["--seed", "9" * 40], "seed"),
+    ],
+)
+def test_options_of_commands_that_look_at_a_run(
+    cli: Any, run: Path, tmp_path: Path, command: str, arguments: list[str], message: str
+) -> None:
+    before = _bytes(tmp_path)
+    prompt = ["--prompt", "the"] if command == "generate" and "--prompt" not in arguments else []
+    _refused(cli(command, run, *prompt, *arguments), message)
+    assert _bytes(tmp_path) == before
+
+
+def test_generation_without_memory_in_training(cli: Any, tiny: list[str], tmp_path: Path) -> None:
+    """A model trained without memory still speaks: its segment is context enough."""
+    place = ["--train.folder", tmp_path / "runs", "--task.memory-length", 0]
+    assert cli("train", *tiny, *place, "--train.num-steps", 1).code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert cli("generate", run, "--prompt", "the", "--num-tokens", 3).code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--resume"],
+        ["--resume="],
+        ["--resume", "{run}", "--train.num-steps", "3"],
+        ["pydoc-characters", "--resume", "{run}"],
+        ["--train.num-steps", "3", "--resume", "{run}"],
+    ],
+)
+def test_resume_takes_a_folder_and_nothing_else(
+    cli: Any, run: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    before = _bytes(tmp_path)
+    given = [argument.format(run=run) for argument in arguments]
+    _refused(cli("train", *given), "--resume takes one run folder and no other options")
+    assert _bytes(tmp_path) == before
+
+
+def test_resuming_what_is_no_run(cli: Any, tmp_path: Path) -> None:
+    _refused(cli("train", "--resume", tmp_path / "nowhere"), "nowhere is no folder")
+    _refused(cli("train", "--resume", tmp_path), "is no run folder: it has no config.json")

@@ -1,0 +1,330 @@
+"""`equilibria train`, end to end on a small text."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from equilibria.data.text import digest, read_text
+from equilibria.tasks.language_modeling import LanguageModeling
+from equilibria.train.loop import Trainer
+
+CLOCKS = {"forward_seconds", "backward_seconds", "seconds", "tokens_per_second"}
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    """All records without what depends on the speed of the machine."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in records]
+
+
+def _weights(run: Path) -> bytes:
+    return (run / "checkpoints" / "step-00000012" / "model.safetensors").read_bytes()
+
+
+def _only_run(folder: Path) -> Path:
+    (run,) = folder.iterdir()
+    return run
+
+
+def test_a_run_folder_is_complete(finished: Any, text_file: Path) -> None:
+    run = finished.path
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert {
+        "config.json",
+        "environment.json",
+        "vocabulary.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints/best.json",
+        "checkpoints/step-00000012/model.safetensors",
+        "checkpoints/step-00000012/training.pt",
+    } <= names
+    assert any(name.startswith("tensorboard/events") for name in names)
+    pictures = [run / name for name in names if name.endswith(".png")]
+    assert len(pictures) >= 3
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert not [name for name in names if "/." in name or name.startswith(".")]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["data"]["digest"] == digest(read_text(text_file))
+    assert environment["packages"]["equilibria"]
+    assert environment["python"]
+
+
+def test_the_end_is_told_and_written(finished: Any) -> None:
+    out = finished.result.out
+    summary = json.loads((finished.path / "summary.json").read_text())
+    bits = summary["test_bits_per_character"]
+    assert summary["test_loss"] == pytest.approx(bits * math.log(2))
+    assert summary["test_perplexity"] == pytest.approx(2**bits)
+    assert set(summary["baseline_bits_per_character"]) == {"unigram", "bigram", "five_gram", "xz"}
+    for value in (bits, *summary["baseline_bits_per_character"].values()):
+        assert f"{value:.3f}" in out
+    assert summary["num_test_characters"] == 41
+    assert set(summary["training_solves"]) == {"num_evals", "relative_residual"}
+    assert set(summary["test_solves"]["num_evals"]) == {"mean", "p95"}
+    clock = summary["training_time"]
+    parts = ("forward_seconds", "backward_seconds", "rest_seconds")
+    assert clock["total_seconds"] == pytest.approx(sum(clock[part] for part in parts))
+    assert summary["peak_memory_mib"] > 10
+    assert len(summary["sample"]["text"]) == 300
+    assert summary["sample"]["text"] in out
+    for words in ("function evaluations", "relative residual", "peak memory", "forward solves"):
+        assert words in out
+    assert f"run folder: {finished.path}" in out
+
+
+def test_progress_is_told_in_plain_lines(finished: Any) -> None:
+    err = finished.result.err
+    assert "step 5/12  loss" in err
+    assert "step 8: validation loss" in err
+    for figure in ("ppl", "NFE", "residual", "tok/s", "left"):
+        assert figure in err
+
+
+def test_the_trace_of_both_solves_is_recorded(finished: Any) -> None:
+    (trace,) = [record for record in _metrics(finished.path) if record["kind"] == "trace"]
+    assert len(trace["forward"]) == len(trace["backward"]) == 2  # the streams of evaluation
+    assert all(len(sample) <= 9 for sample in trace["forward"])
+    assert trace["forward"][0][0] == 1.0  # from zero, the residual is the image
+
+
+@pytest.mark.parametrize("source", ["config.json", "."])
+def test_a_saved_configuration_gives_the_same_run(
+    finished: Any, cli: Any, tmp_path: Path, source: str
+) -> None:
+    result = cli("train", finished.path / source, "--train.folder", tmp_path / "runs")
+    assert result.code == 0, result.err
+    again = _only_run(tmp_path / "runs")
+    assert _metrics(again) == _metrics(finished.path)
+    assert _weights(again) == _weights(finished.path)
+
+
+def test_a_saved_configuration_can_be_changed(finished: Any, cli: Any, tmp_path: Path) -> None:
+    result = cli(
+        "train",
+        finished.path / "config.json",
+        "--train.folder",
+        tmp_path / "runs",
+        "--train.num-steps",
+        2,
+        "--seed",
+        5,
+    )
+    assert result.code == 0, result.err
+    old, new = (
+        json.loads((run / "config.json").read_text())["config"]
+        for run in (finished.path, _only_run(tmp_path / "runs"))
+    )
+    assert (new["seed"], new["train"]["num_steps"]) == (5, 2)
+    assert new["model"] == old["model"]
+    assert new["data"] == old["data"]
+
+
+def test_every_kind_of_option_can_be_set(cli: Any, tiny: list[str], tmp_path: Path) -> None:
+    """Hyphens and underscores, nested plug-ins, switches, choices, None."""
+    result = cli(
+        "train",
+        "pydoc_characters",
+        *tiny,
+        *("--train.num_steps", 1, "--train.folder", tmp_path / "runs"),
+        *("--model.solve.solver", "broyden(history-size=7)"),
+        *("--model.solve.adjoint", "implicit(solver=anderson(history_size=3), rtol=1e-2)"),
+        *("--model.solve.eval-solver", "picard"),
+        *("--model.solve.eval-max-steps", "None"),
+        "--model.no-weight-norm",
+        *("--optimizer.schedule", "inverse-sqrt"),
+        *("--optimizer.learning_rate", "1e-4"),
+        *("--task.eval_memory_length", 30),
+    )
+    assert result.code == 0, result.err
+    config = json.loads((_only_run(tmp_path / "runs") / "config.json").read_text())["config"]
+    solve = config["model"]["solve"]
+    assert solve["solver"] == "broyden(history_size=7, relaxation=1.0)"
+    assert solve["adjoint"].startswith("implicit(solver=anderson(history_size=3, ")
+    assert solve["eval_solver"] == "picard(relaxation=1.0)"
+    assert solve["eval_max_steps"] is None
+    assert config["model"]["weight_norm"] is False
+    assert config["optimizer"]["schedule"] == "inverse-sqrt"
+    assert config["optimizer"]["learning_rate"] == 1e-4
+    assert config["task"]["eval_memory_length"] == 30
+
+
+def test_help_lists_every_option(cli: Any) -> None:
+    result = cli("train", "--help")
+    assert result.code == 0
+    for section in ("data", "model", "model.solve", "task", "optimizer", "train"):
+        assert f"{section} options" in result.text
+    for flag in ("--data.path", "--model.solve.adjoint", "--task.memory-length", "--seed"):
+        assert flag in result.text
+
+
+def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], None]) -> None:
+    training_loss = LanguageModeling.training_loss
+
+    def interrupted(task: LanguageModeling, at: int) -> Any:
+        if at == step:
+            how()
+        return training_loss(task, at)
+
+    monkeypatch.setattr(LanguageModeling, "training_loss", interrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_says_how_to_go_on_and_going_on_changes_nothing(
+    finished: Any,
+    cli: Any,
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        _interrupt_at(patch, 6, lambda: os.kill(os.getpid(), number))
+        stopped = cli("train", *tiny, "--train.folder", tmp_path / "runs")
+    run = _only_run(tmp_path / "runs")
+    assert stopped.code == code
+    assert "stopped after step 7 and saved" in stopped.err
+    assert f"equilibria train --resume {run}" in stopped.err
+    assert not (run / "summary.json").exists()
+    resumed = cli("train", "--resume", run)
+    assert resumed.code == 0, resumed.err
+    assert "going on after step 7" in resumed.err
+    assert "test split" in resumed.out
+    assert _metrics(run) == _metrics(finished.path)
+    assert _weights(run) == _weights(finished.path)
+
+
+def test_a_second_ctrl_c_still_says_how_to_go_on(
+    cli: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    _interrupt_at(monkeypatch, 10, twice)
+    stopped = cli("train", *tiny, "--train.folder", tmp_path / "runs")
+    run = _only_run(tmp_path / "runs")
+    assert stopped.code == 130
+    assert f"equilibria train --resume {run}" in stopped.err
+    assert "Traceback" not in stopped.err
+
+
+def test_ctrl_c_before_the_first_checkpoint_promises_nothing(
+    cli: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    _interrupt_at(monkeypatch, 1, interrupt)
+    stopped = cli("train", *tiny, "--train.folder", tmp_path / "runs")
+    assert stopped.code == 130
+    assert "--resume" not in stopped.err
+
+
+def test_numbers_that_are_not_finite_end_with_code_1(
+    cli: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training_loss = LanguageModeling.training_loss
+
+    def poisoned(task: LanguageModeling, step: int) -> Any:
+        result = training_loss(task, step)
+        return result._replace(loss=result.loss * math.nan) if step == 9 else result
+
+    monkeypatch.setattr(LanguageModeling, "training_loss", poisoned)
+    result = cli("train", *tiny, "--train.folder", tmp_path / "runs")
+    assert result.code == 1
+    assert "error: the loss of step 10 is not finite" in result.err
+    run = _only_run(tmp_path / "runs")
+    assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000008"
+
+
+def test_resuming_a_finished_run_tells_its_end_again(run: Path, cli: Any, finished: Any) -> None:
+    config = (run / "config.json").read_bytes()
+    result = cli("train", "--resume", run)
+    assert result.code == 0, result.err
+    assert _metrics(run) == _metrics(finished.path)
+    assert (run / "config.json").read_bytes() == config
+    old, new = (
+        json.loads((folder / "summary.json").read_text()) for folder in (finished.path, run)
+    )
+    del old["peak_memory_mib"], new["peak_memory_mib"]
+    assert new == old
+
+
+def test_resume_may_be_written_with_an_equals_sign(run: Path, cli: Any) -> None:
+    assert cli("train", f"--resume={run}").code == 0
+
+
+def test_finishing_can_be_interrupted_and_resumed(
+    cli: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps are done; only the report is missing."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("equilibria.cli.train.finish", interrupt)
+        stopped = cli("train", *tiny, "--train.folder", tmp_path / "runs")
+    run = _only_run(tmp_path / "runs")
+    assert stopped.code == 130
+    assert f"equilibria train --resume {run}" in stopped.err
+    assert cli("train", "--resume", run).code == 0
+    assert (run / "summary.json").exists()
+
+
+def _wait_for(process: subprocess.Popen[str], words: str) -> str:
+    """Read stderr up to a line with `words`; give up when the process ends."""
+    assert process.stderr is not None
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if words in line:
+            return seen
+    raise AssertionError(f"the process ended without {words!r}:\n{seen}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_process_stopped_by_a_signal_can_be_resumed(
+    cli: Any,
+    start_process: Any,
+    tiny: list[str],
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """A real process, a real signal: the resumed run equals one that nobody stopped."""
+    length = ["--train.num-steps", "200", "--train.eval-every", "50", "--optimizer.name", "adamw"]
+    process = start_process(["train", *tiny, *length], tmp_path)
+    _wait_for(process, "step 5/200")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, out + err
+    assert "equilibria train --resume runs/" in err
+    assert "Traceback" not in err
+    run = _only_run(tmp_path / "runs")
+    stopped_at = int(err.partition("stopped after step ")[2].split()[0])
+    assert 5 <= stopped_at < 200
+    assert cli("train", "--resume", run).code == 0
+    straight = tmp_path / "straight"
+    assert cli("train", *tiny, *length, "--train.folder", straight).code == 0
+    assert _metrics(run) == _metrics(_only_run(straight))
+    last = "checkpoints/step-00000200/model.safetensors"
+    assert (run / last).read_bytes() == (_only_run(straight) / last).read_bytes()
+
+
+def test_the_trainer_leaves_no_handler_behind(cli: Any, tiny: list[str], tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert cli("train", *tiny, "--train.num-steps", 1, "--train.folder", tmp_path).code == 0
+    assert signal.getsignal(signal.SIGINT) is before
+    assert Trainer.fit.__doc__

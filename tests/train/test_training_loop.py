@@ -1,0 +1,233 @@
+"""The training loop: what it writes and when, and what it does when the numbers go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from equilibria.train.experiment import Experiment
+from equilibria.train.loop import Trainer, TrainingError
+
+TrainerFactory = Callable[..., Trainer]
+
+
+def _records(trainer: Trainer, kind: str) -> list[dict[str, Any]]:
+    return [record for record in trainer.run.metrics() if record["kind"] == kind]
+
+
+def test_a_run_writes_what_it_promises(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer()
+    assert trainer.fit() == 0
+    training, validation = _records(trainer, "train"), _records(trainer, "valid")
+    assert [r["step"] for r in training] == [5, 10, 12]  # every 5, and the last
+    assert [r["step"] for r in validation] == [4, 8, 12]
+    assert [r["phase"] for r in training] == ["equilibrium"] * 3
+    for record in training:
+        assert set(record) == {
+            "kind",
+            "step",
+            "phase",
+            "learning_rate",
+            "loss",
+            "gradient_norm",
+            "num_evals",
+            "num_evals_max",
+            "relative_residual",
+            "relative_residual_max",
+            "backward_num_evals",
+            "backward_relative_residual",
+            "forward_seconds",
+            "backward_seconds",
+            "seconds",
+            "tokens_per_second",
+        }
+        assert 0 < record["loss"] < 2 * math.log(20)
+        assert 1 < record["num_evals"] <= record["num_evals_max"] <= 6
+        assert record["forward_seconds"] + record["backward_seconds"] < record["seconds"]
+    for record in validation:
+        assert set(record) == {"kind", "step", "loss", "num_evals", "relative_residual"}
+    # JSON that other readers take too, so no NaN or Infinity
+    for line in trainer.run.metrics_file.read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_learning_rate_is_that_of_the_schedule(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer({"train": {"log_every": 1}})
+    trainer.fit()
+    optimizer = trainer.experiment.optimizer
+    expected = [optimizer.learning_rate_at(step, 12) for step in range(12)]
+    assert [r["learning_rate"] for r in _records(trainer, "train")] == expected
+    phases = [r["phase"] for r in _records(trainer, "train")]
+    assert phases == ["unrolled"] * 4 + ["equilibrium"] * 8
+
+
+def test_training_learns(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(
+        {
+            "optimizer": {"learning_rate": 0.02},
+            "train": {"num_steps": 60, "log_every": 30, "eval_every": 60},
+        }
+    )
+    trainer.fit()
+    first, second = (record["loss"] for record in _records(trainer, "train"))
+    assert second < first - 0.2
+    assert second < math.log(20)
+
+
+def test_gradients_are_clipped_to_the_norm(make_trainer: TrainerFactory) -> None:
+    """A step of plain gradient descent is as long as the learning rate times the clipped norm."""
+    trainer = make_trainer(
+        {
+            "optimizer": {
+                "name": "sgd",
+                "momentum": 0.0,
+                "clip_norm": 0.01,
+                "learning_rate": 0.5,
+                "warmup_steps": 0,
+                "schedule": "constant",
+            },
+            "train": {"num_steps": 1, "log_every": 1},
+        }
+    )
+    before = [p.detach().clone() for p in trainer.task.model.parameters()]
+    trainer.fit()
+    moved = sum(
+        (p.detach() - b).square().sum()
+        for p, b in zip(trainer.task.model.parameters(), before, strict=True)
+    )
+    assert math.sqrt(moved) == pytest.approx(0.5 * 0.01, rel=1e-3)
+    assert _records(trainer, "train")[0]["gradient_norm"] > 0.01  # the norm before clipping
+
+
+def test_no_clipping_is_possible(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer({"optimizer": {"clip_norm": 0.0}, "train": {"num_steps": 2}})
+    assert trainer.fit() == 0
+
+
+def test_checkpoints_are_the_newest_and_the_best(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer({"train": {"checkpoint_every": 1, "keep_checkpoints": 2}})
+    losses = iter([3.0, 2.0, 2.5])
+    evaluate = trainer.task.evaluate
+
+    def scripted(split: Any) -> Any:
+        return evaluate(split).__class__(
+            next(losses), 1, torch.ones(1), torch.ones(1), seconds=0.0
+        )
+
+    trainer.task.evaluate = scripted  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.fit()
+    assert trainer.run.checkpoints.steps() == [8, 11, 12]
+    assert (trainer.run.checkpoints.best(), trainer.run.checkpoints.best_loss()) == (8, 2.0)
+
+
+def test_an_improvement_is_saved_at_once(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer({"train": {"checkpoint_every": 1000}})
+    trainer.fit()
+    validation = {r["step"]: r["loss"] for r in _records(trainer, "valid")}
+    best = min(validation, key=validation.__getitem__)
+    assert trainer.run.checkpoints.best() == best
+    assert set(trainer.run.checkpoints.steps()) >= {best, 12}
+
+
+def test_the_same_seed_gives_the_same_run(make_trainer: TrainerFactory) -> None:
+    trainers: list[Trainer] = []
+    for seed in (3, 3, 4):
+        trainers.append(make_trainer({"seed": seed}))
+        trainers[-1].fit()
+    first, second, _ = (list(trainer.task.model.parameters()) for trainer in trainers)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    losses = [[record["loss"] for record in _records(t, "train")] for t in trainers]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_the_run(
+    make_trainer: TrainerFactory, where: str
+) -> None:
+    trainer = make_trainer({"train": {"checkpoint_every": 1}})
+    training_loss = trainer.task.training_loss
+    parameter = next(trainer.task.model.parameters())
+
+    def poisoned(step: int) -> Any:
+        result = training_loss(step)
+        if step == 7 and where == "loss":
+            return result._replace(loss=result.loss * math.nan)
+        if step == 7:
+            # the square root's derivative at zero is infinite, its value is not
+            return result._replace(loss=result.loss + (parameter * 0.0).abs().sum().sqrt())
+        return result
+
+    trainer.task.training_loss = poisoned  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TrainingError, match=rf"the {where} of step 8 is not finite") as error:
+        trainer.fit()
+    assert "lower --optimizer.learning-rate" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert trainer.run.checkpoints.latest() == 7
+    resumed = make_trainer(run=trainer.run)
+    resumed.resume()
+    assert all(p.isfinite().all() for p in resumed.task.model.parameters())
+    assert resumed.fit() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_saves(
+    make_trainer: TrainerFactory, number: signal.Signals
+) -> None:
+    trainer = make_trainer()
+    training_loss = trainer.task.training_loss
+
+    def interrupted(step: int) -> Any:
+        if step == 6:
+            os.kill(os.getpid(), number)
+        return training_loss(step)
+
+    trainer.task.training_loss = interrupted  # pyright: ignore[reportAttributeAccessIssue]
+    assert trainer.fit() == 128 + number
+    assert trainer.step == 7
+    assert trainer.run.checkpoints.latest() == 7
+
+
+def test_stopping_where_a_checkpoint_is_due_writes_it_once(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer({"train": {"eval_every": 100}})
+    training_loss = trainer.task.training_loss
+    saved: list[int] = []
+    save = type(trainer.run.checkpoints).save
+
+    def counted(folder: Any, step: int, *rest: Any) -> Any:
+        saved.append(step)
+        return save(folder, step, *rest)
+
+    def interrupted(step: int) -> Any:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return training_loss(step)
+
+    monkeypatch.setattr(type(trainer.run.checkpoints), "save", counted)
+    trainer.task.training_loss = interrupted  # pyright: ignore[reportAttributeAccessIssue]
+    assert trainer.fit() == 130
+    assert saved == [6]
+
+
+def test_statistics_are_of_equilibria_only(
+    make_trainer: TrainerFactory, experiment: Experiment
+) -> None:
+    trainer = make_trainer({"train": {"num_steps": 4}})
+    trainer.fit()
+    assert trainer.statistics.as_dict() is None  # all four steps were unrolled
+    trainer = make_trainer()
+    trainer.fit()
+    figures = trainer.statistics.as_dict()
+    assert figures is not None
+    assert 3 < figures["num_evals"]["mean"] <= 6
+    clock = trainer.clock.as_dict()
+    assert min(clock.values()) > 0
+    assert clock["rest_seconds"] < clock["total_seconds"]
