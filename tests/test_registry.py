@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -247,12 +248,8 @@ def test_what_is_no_plugin_outside_is_refused(outside: type, name: str) -> None:
 
 @given(st.text(max_size=40))
 def test_no_text_does_anything_but_parse_or_be_refused(text: str) -> None:
-    try:
-        solver = registry.parse(Solver, text)
-    except UserError as error:
-        assert str(error)
-    else:
-        assert isinstance(solver, Solver)
+    with contextlib.suppress(UserError):
+        assert isinstance(registry.parse(Solver, text), Solver)
 
 
 def test_nothing_is_executed(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from equilibria.adjoints.implicit import Implicit
 from equilibria.core.adjoint import Adjoint, Forward
@@ -57,6 +58,7 @@ def solve(
     keep: Keep = "best",
     on_failure: OnFailure = "warn",
     batch_dims: Literal[0, 1] = 1,
+    inputs: Sequence[Tensor] | None = None,
     trace: bool = False,
 ) -> Solution:
     """Find the fixed point z* = f(z*) of every sample, differentiably.
@@ -74,6 +76,8 @@ def solve(
         keep: what a sample that misses the tolerance returns, its "best" or "last" iterate.
         on_failure: "warn", "raise" or "ignore" when a sample, forward or backward, is no success.
         batch_dims: 1, or 0 when the whole state is one problem.
+        inputs: the tensors f depends on besides z. None (default) finds them; only a second
+            derivative through a compiled f needs them named.
         trace: record the relative residual of every step, forward and backward.
 
     Shape:
@@ -91,7 +95,7 @@ def solve(
         0.739
     """
     settings = SolveSettings(solver, termination, adjoint, max_steps, keep, on_failure)
-    return solve_with(f, z0, settings, batch_dims=batch_dims, trace=trace)
+    return solve_with(f, z0, settings, batch_dims=batch_dims, inputs=inputs, trace=trace)
 
 
 def solve_with(
@@ -100,11 +104,12 @@ def solve_with(
     settings: SolveSettings,
     *,
     batch_dims: Literal[0, 1] = 1,
+    inputs: Sequence[Tensor] | None = None,
     trace: bool = False,
 ) -> Solution:
     """`solve` with its settings as one object."""
     start = time.perf_counter()
-    problem = Problem(f, z0, batch_dims)
+    problem = Problem(f, z0, batch_dims, inputs)
 
     def run() -> LoopResult:
         return iterate(
@@ -121,7 +126,7 @@ def solve_with(
         z, result = settings.adjoint.apply(forward)
     else:
         result = run()
-        z = result.iterate.z
+        z = result.iterate.z.clone()
     enforce(result.status, settings.on_failure, "the forward solve")
     return Solution(
         z=problem.layout.unpack(z),

@@ -109,16 +109,20 @@ class DEQ(nn.Module):
         z0: State | None = None,
         settings: SolveSettings | None = None,
         trace: bool = False,
+        **named_inputs: Any,
     ) -> Solution:
         """Inject the inputs and solve for the fixed point.
 
         Args:
-            inputs: handed to `cell.inject`.
+            *inputs: handed to `cell.inject`.
+            **named_inputs: likewise; it refuses names that it does not know.
             z0: initial state; by default the cell's own.
             settings: for this call only, instead of the layer's.
             trace: record the residual of every step, forward and backward.
         """
-        return self.solve(self.cell.inject(*inputs), z0=z0, settings=settings, trace=trace)
+        return self.solve(
+            self.cell.inject(*inputs, **named_inputs), z0=z0, settings=settings, trace=trace
+        )
 
     def solve(
         self,

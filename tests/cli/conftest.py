@@ -14,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import equilibria
 from equilibria.cli.main import main
+from equilibria.tasks.generation import SamplingConfig
+
+SOURCES = str(Path(equilibria.__file__).parents[1])
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,23 @@ def start(arguments: Sequence[object], folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCES},
     )
+
+
+def make_brief(patch: pytest.MonkeyPatch) -> None:
+    """No pictures and a short sample at the end of a run: they outlast a tiny training."""
+    patch.setattr("equilibria.train.report.plot_run", lambda *_, **__: None)
+    patch.setattr(
+        "equilibria.train.report.SamplingConfig",
+        lambda num_tokens, seed: SamplingConfig(num_tokens=10, seed=seed),
+    )
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but `finished`, whose scope is wider, end briefly."""
+    make_brief(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +139,24 @@ def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Finis
         raise RuntimeError(f"training failed:\n{result.out}\n{result.err}")
     (path,) = folder.iterdir()
     return FinishedRun(path, result)
+
+
+@pytest.fixture(scope="session")
+def long_flags(tiny: list[str]) -> list[str]:
+    """Flags of a run that lasts long enough to be hit by a signal."""
+    return [*tiny, "--train.num-steps", "100", "--train.eval-every", "50", "--model.norm", "pre"]
+
+
+@pytest.fixture(scope="session")
+def long_run(long_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `long_flags` that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("long")
+    with pytest.MonkeyPatch.context() as patch:
+        make_brief(patch)
+        if call("train", *long_flags, "--train.folder", folder).code:
+            raise RuntimeError("training failed")
+    (path,) = folder.iterdir()
+    return path
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,10 +67,15 @@ def test_recipes_are_listed_with_what_to_expect(cli: Any) -> None:
     assert "recipes takes no arguments, not 'all'" in refused.err
 
 
-def _python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
-    )
+def _in_a_shell(folder: Path) -> dict[str, Any]:
+    sources = str(Path(equilibria.__file__).parents[1])
+    return {
+        "cwd": folder,
+        "env": {**os.environ, "PYTHONPATH": sources},
+        "capture_output": True,
+        "text": True,
+        "check": False,
+    }
 
 
 def test_as_a_process(start_process: Any, tmp_path: Path) -> None:
@@ -83,24 +89,18 @@ def test_as_a_process(start_process: Any, tmp_path: Path) -> None:
 
 def test_what_the_light_commands_do_not_load(tmp_path: Path) -> None:
     """`--version` is instant: nothing of the training stack, not even torch's TensorBoard."""
-    done = _python(
+    code = (
         "import sys; from equilibria.cli.main import main; main(['--version']); main([]);"
         "heavy = {'tyro', 'cattrs', 'tensorboard', 'matplotlib', 'equilibria.train'};"
-        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)",
-        tmp_path,
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
+    done = subprocess.run([sys.executable, "-c", code], **_in_a_shell(tmp_path))
     assert done.returncode == 0, done.stderr
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    """equilibria recipes | head -0"""
-    done = subprocess.run(
-        f"{sys.executable} -u -m equilibria.cli.main recipes | true",
-        shell=True,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """As in `equilibria recipes | true`."""
+    command = f"{sys.executable} -u -m equilibria.cli.main recipes | true"
+    done = subprocess.run(command, shell=True, **_in_a_shell(tmp_path))
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr

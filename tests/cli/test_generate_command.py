@@ -30,7 +30,8 @@ def test_the_seed_decides(cli: Any, finished: Any) -> None:
 
 def test_any_checkpoint_can_speak(cli: Any, finished: Any) -> None:
     for checkpoint in ("best", "last", "12"):
-        assert cli("generate", finished.path, "--prompt", "a", "--checkpoint", checkpoint).code == 0
+        options = ["--prompt", "a", "--num-tokens", 3, "--checkpoint", checkpoint]
+        assert cli("generate", finished.path, *options).code == 0
 
 
 def test_a_long_prompt_is_read_as_far_as_the_memory_goes(cli: Any, finished: Any) -> None:

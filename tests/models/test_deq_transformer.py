@@ -291,7 +291,10 @@ def test_other_precisions_work(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"d_model": 12, "num_heads": 5}, "num_heads=5 does not divide d_model=12; .* such as 4, or"),
+        (
+            {"d_model": 12, "num_heads": 5},
+            "num_heads=5 does not divide d_model=12; .* such as 4, or",
+        ),
         ({"d_model": 0}, "d_model=0 must be an integer of at least 1"),
         ({"num_heads": 0}, "num_heads=0 must be"),
         ({"d_inner": -3}, "d_inner=-3 must be"),

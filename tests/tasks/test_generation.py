@@ -151,6 +151,8 @@ def test_generation_needs_a_memory(make_model: ModelFactory, memory_length: int)
         ({"temperature": float("nan")}, "temperature=nan must be"),
         ({"temperature": float("inf")}, "temperature=inf must be"),
         ({"top_k": 0}, "top_k=0 must be an integer of at least 1"),
+        ({"seed": -1}, "seed=-1 must be between 0 and"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be between 0 and"),
     ],
 )
 def test_impossible_sampling_is_refused(options: dict[str, Any], message: str) -> None:

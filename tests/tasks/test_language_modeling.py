@@ -62,7 +62,8 @@ def _train(task: LanguageModeling, first: int, last: int) -> list[Tensor]:
         task.model.zero_grad()
         loss = task.training_loss(step).loss
         loss.backward()
-        results += [loss.detach(), *(p.grad.clone() for p in task.model.parameters())]  # pyright: ignore
+        gradients = [parameter.grad for parameter in task.model.parameters()]
+        results += [loss.detach(), *(g.clone() for g in gradients if g is not None)]
     return results
 
 

@@ -227,7 +227,9 @@ def test_damaged_training_state_is_a_sentence(
 ) -> None:
     checkpoints.save(1, _model(0), TRAINING)
     damage(checkpoints.path(1) / "training.pt")
-    with pytest.raises(UserError, match=r"training\.pt is .*delete the folder .*step-00000001") as e:
+    with pytest.raises(
+        UserError, match=r"training\.pt is .*delete the folder .*step-00000001"
+    ) as e:
         checkpoints.load_training(1)
     assert "\n" not in str(e.value)
 
@@ -238,7 +240,9 @@ def test_weights_of_another_shape_are_refused_and_nothing_is_touched(
     checkpoints.save(1, _model(0, width=3), TRAINING)
     model = _model(1, width=4)
     before = _weights(model)
-    with pytest.raises(UserError, match=r"has 0\.weight of shape \(2, 3\), the model's is \(2, 4\)"):
+    with pytest.raises(
+        UserError, match=r"has 0\.weight of shape \(2, 3\), the model's is \(2, 4\)"
+    ):
         checkpoints.load_weights(1, model)
     assert _equal(_weights(model), before)
 

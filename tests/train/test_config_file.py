@@ -12,8 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equilibria import Anderson, Broyden, Implicit, OneStep, Phantom, Picard, Unrolled, UserError
-from equilibria import recipes
+from equilibria import (
+    Anderson,
+    Broyden,
+    Implicit,
+    OneStep,
+    Phantom,
+    Picard,
+    Unrolled,
+    UserError,
+    recipes,
+)
 from equilibria.data.character_corpus import CharacterCorpusConfig
 from equilibria.models.config import SolveConfig
 from equilibria.models.deq_transformer import DEQTransformerConfig
@@ -82,7 +91,7 @@ EXPERIMENTS = st.builds(
         device=st.sampled_from(["auto", "cpu", "cuda"]),
         folder=st.text("ab/é .", min_size=1).map(Path),
     ),
-    seed=st.integers(),
+    seed=st.integers(0, 2**63 - 1),
 )
 
 
@@ -136,8 +145,14 @@ def test_options_that_the_file_lacks_keep_their_default() -> None:
     ("values", "message"),
     [
         ({"sed": 1}, r"unknown option 'sed'; did you mean 'seed'\?"),
-        ({"task": {"batchsize": 1}}, r"unknown option 'task\.batchsize'; did you mean 'batch_size'"),
-        ({"model": {"solve": {"Max-Steps": 1}}}, r"'model\.solve\.Max-Steps'; did you mean 'max_st"),
+        (
+            {"task": {"batchsize": 1}},
+            r"unknown option 'task\.batchsize'; did you mean 'batch_size'",
+        ),
+        (
+            {"model": {"solve": {"Max-Steps": 1}}},
+            r"'model\.solve\.Max-Steps'; did you mean 'max_st",
+        ),
         ({"model": {"qqqqqq": 1}}, r"unknown option 'model\.qqqqqq'$"),
         ({"model": 3}, r"model is 3, expected named options"),
         ([1], r"the configuration is \[1\], expected named options"),
@@ -149,6 +164,8 @@ def test_options_that_the_file_lacks_keep_their_default() -> None:
         ({"model": {"num_heads": 3}}, "num_heads=3 does not divide d_model=128"),
         ({"train": {"num_steps": 0}}, "num_steps=0 must be an integer of at least 1"),
         ({"optimizer": {"learning_rate": math.nan}}, "learning_rate=nan"),
+        ({"seed": -1}, r"seed=-1 must be between 0 and 2\*\*63 - 1"),
+        ({"seed": 10**40}, r"seed=10+ must be between"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(values: Any, message: str) -> None:

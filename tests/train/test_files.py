@@ -49,9 +49,7 @@ def test_what_is_no_json_never_replaces_a_file(tmp_path: Path) -> None:
     ("content", "reason"),
     [(None, "is missing"), (b"{", "cannot be read"), (b"\xff\xfe", "cannot be read")],
 )
-def test_unreadable_json_is_a_sentence(
-    tmp_path: Path, content: bytes | None, reason: str
-) -> None:
+def test_unreadable_json_is_a_sentence(tmp_path: Path, content: bytes | None, reason: str) -> None:
     file = tmp_path / "a.json"
     if content is not None:
         file.write_bytes(content)

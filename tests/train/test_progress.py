@@ -57,7 +57,8 @@ def test_a_loss_beyond_all_bounds_is_still_shown(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(0.0, "0:00"), (61.0, "1:01"), (3600.0, "1:00:00"), (90061.0, "25:01:01")]
+    ("seconds", "shown"),
+    [(0.0, "0:00"), (61.0, "1:01"), (3600.0, "1:00:00"), (90061.0, "25:01:01")],
 )
 def test_time_left_assumes_the_speed_so_far(
     capsys: pytest.CaptureFixture[str],

@@ -69,7 +69,7 @@ def straight(make_trainer: TrainerFactory) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("stop", range(11))
+@pytest.mark.parametrize("stop", [0, 3, 4, 8])
 def test_stopped_by_request_at_any_step(
     make_trainer: TrainerFactory, straight: Trainer, stop: int
 ) -> None:
@@ -95,7 +95,7 @@ def test_stopped_at_every_step(make_trainer: TrainerFactory, straight: Trainer) 
     _assert_same(trainer, straight)
 
 
-@pytest.mark.parametrize("stop", [5, 7, 10, 11])
+@pytest.mark.parametrize("stop", [7, 11])
 def test_a_power_cut_costs_only_what_came_after_the_last_checkpoint(
     make_trainer: TrainerFactory, straight: Trainer, stop: int
 ) -> None:

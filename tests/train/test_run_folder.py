@@ -35,7 +35,9 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_place_that_cannot_hold_runs_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made .*choose another place with --train.folder"):
+    with pytest.raises(
+        UserError, match="cannot be made .*choose another place with --train.folder"
+    ):
         RunFolder.create(tmp_path / "file", "tiny")
     with pytest.raises(UserError, match="cannot be made"):
         RunFolder.create(tmp_path / ("x" * 300), "tiny")

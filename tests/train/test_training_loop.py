@@ -117,9 +117,7 @@ def test_checkpoints_are_the_newest_and_the_best(make_trainer: TrainerFactory) -
     evaluate = trainer.task.evaluate
 
     def scripted(split: Any) -> Any:
-        return evaluate(split).__class__(
-            next(losses), 1, torch.ones(1), torch.ones(1), seconds=0.0
-        )
+        return evaluate(split).__class__(next(losses), 1, torch.ones(1), torch.ones(1), seconds=0.0)
 
     trainer.task.evaluate = scripted  # pyright: ignore[reportAttributeAccessIssue]
     trainer.fit()
@@ -148,9 +146,7 @@ def test_the_same_seed_gives_the_same_run(make_trainer: TrainerFactory) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_numbers_that_are_not_finite_stop_the_run(
-    make_trainer: TrainerFactory, where: str
-) -> None:
+def test_numbers_that_are_not_finite_stop_the_run(make_trainer: TrainerFactory, where: str) -> None:
     trainer = make_trainer({"train": {"checkpoint_every": 1}})
     training_loss = trainer.task.training_loss
     parameter = next(trainer.task.model.parameters())

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from equilibria.core.adjoint import Adjoint, Forward, refuse_second_derivatives
+from equilibria.core.adjoint import Adjoint, Forward, SecondDerivativeError
+from equilibria.core.closure import covers, graph_position
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import Iterate
 from equilibria.core.linear import LinearSolver
 from equilibria.core.loop import LoopResult
 from equilibria.core.parameters import check_not_negative, check_positive_integer
+from equilibria.core.problem import Problem
 from equilibria.core.solver import Solver
-from equilibria.core.status import OnFailure, enforce
+from equilibria.core.status import enforce
 from equilibria.linear.fixed_point import FixedPoint
 from equilibria.linear.gmres import GMRES
 
@@ -33,6 +36,9 @@ class Implicit(Adjoint):
     and continues with u through one recorded evaluation of f, which reaches every parameter and
     every tensor f closes over without a list of them. The gradient is exact up to the two
     tolerances, wherever the forward solver started: `z0` gets none, in theory and here.
+
+    Second and higher derivatives (`create_graph=True`, forces from energies) are right as well:
+    u is then itself the solution of a fixed-point problem and is differentiated the same way.
 
     Memory: one recorded evaluation, whatever the number of steps. Cost: one more evaluation
     forward, one vector-Jacobian product per backward step.
@@ -75,61 +81,157 @@ class Implicit(Adjoint):
         """Solve without a graph, record one evaluation at the solution, attach the edge."""
         with torch.no_grad():
             result = forward.run()
-        taped = forward.problem.tape(result.iterate.z)
-        solve = _BackwardSolve(self, taped, forward)
-        return _ImplicitEdge.apply(taped.fz, result.iterate.z, solve), result
+        fixed_point = _FixedPointEdge(forward.problem, result.iterate.z, self, forward)
+        return fixed_point.attach(), result
 
 
-class _BackwardSolve:
-    """Turns a cotangent of z* into the cotangent of the recorded image f(z*)."""
+class _FixedPointEdge:
+    """One recorded evaluation f(z*) and the way back through it.
 
-    def __init__(self, adjoint: Implicit, taped: Iterate, forward: Forward) -> None:
-        solver = adjoint.solver
-        self._linear = solver if isinstance(solver, LinearSolver) else FixedPoint(solver)
+    Kept alive by the output's graph alone: not by a hook, a module or a reference cycle.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        z: Tensor,
+        adjoint: Implicit,
+        forward: Forward,
+        *,
+        inputs_are_complete: bool = False,
+    ) -> None:
+        self._inputs_are_complete = inputs_are_complete
+        self._problem = problem
         self._adjoint = adjoint
-        self._taped = taped
-        self._report = forward.report
-        self._on_failure: OnFailure = forward.on_failure
-        self._trace = forward.trace
+        self._forward = forward
+        self._z = z
+        self._taped, self._inputs = problem.tape(z)
 
-    def __call__(self, cotangent: Tensor) -> Tensor:
+    def attach(self) -> Tensor:
+        """The fixed point, carrying the implicit gradient."""
+        return _Implicit.apply(self._taped.fz, self._z, self, *self._inputs)
+
+    def cotangent(self, g: Tensor) -> Tensor:
+        """Solve u = J^T u + g on the recorded evaluation."""
         start = time.perf_counter()
-        result = self._linear.solve(
-            self._transposed_jacobian(),
-            cotangent,
+        solver = self._adjoint.solver
+        linear = solver if isinstance(solver, LinearSolver) else FixedPoint(solver)
+        result = linear.solve(
+            _transposed_jacobian(self._taped),
+            g,
             rtol=self._adjoint.rtol,
             atol=self._adjoint.atol,
             max_steps=self._adjoint.max_steps,
-            trace=self._trace,
+            trace=self._forward.trace,
         )
-        self._report.result = result
-        self._report.seconds += time.perf_counter() - start
-        enforce(result.status, self._on_failure, "the backward solve")
+        self._forward.report.result = result
+        self._forward.report.seconds += time.perf_counter() - start
+        enforce(result.status, self._forward.on_failure, "the backward solve")
         return result.u
 
-    def _transposed_jacobian(self) -> Callable[[Tensor], Tensor]:
-        z, fz = self._taped
+    def differentiable_gradients(
+        self, g: Tensor, z: Tensor, inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients for the inputs of f that can be differentiated again.
 
-        def product(u: Tensor) -> Tensor:
-            return torch.autograd.grad(fz, z, u, retain_graph=True, materialize_grads=True)[0]
+        The recorded evaluation was made at a detached z*. Here f is evaluated anew at the output
+        z itself, so that the result depends on z, and u is the solution of another fixed-point
+        problem, u = h(u) with h(u) = (df/dz)^T u + g, which is differentiated implicitly too.
+        """
+        start = graph_position()
+        with torch.enable_grad():
+            gate = _Gate()
+            here = Iterate(gate.through(z), z)
+            here = Iterate(here.z, self._problem.image(here.z))
+            known = (*inputs, here.z)
+            if not (self._inputs_are_complete or covers(here.fz, known, start)):
+                raise SecondDerivativeError(
+                    "f depends on a tensor that was not seen when it was recorded (inside a "
+                    "compiled function, say), so a second derivative would be incomplete; give "
+                    "all such tensors to solve(..., inputs=[...])"
+                )
+            with torch.no_grad():
+                solution = self.cotangent(g)
+            system = Problem(
+                lambda u: _transposed_jacobian(here, create_graph=True)(u) + g,
+                solution,
+                inputs=(here.z, g, *inputs),
+            )
+            u = _FixedPointEdge(
+                system, solution, self._adjoint, self._forward, inputs_are_complete=True
+            ).attach()
+            with gate.closed():
+                return torch.autograd.grad(here.fz, inputs, u, create_graph=True, allow_unused=True)
 
-        return product
+
+def _transposed_jacobian(at: Iterate, create_graph: bool = False) -> Callable[[Tensor], Tensor]:
+    """The map u -> J^T u of a recorded evaluation."""
+
+    def product(u: Tensor) -> Tensor:
+        return torch.autograd.grad(
+            at.fz, at.z, u, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        )[0]
+
+    return product
 
 
-class _ImplicitEdge(torch.autograd.Function):
+class _Implicit(torch.autograd.Function):
     """Value z*, gradient (I - J^T)^-1 g into the recorded image f(z*).
 
-    Not a hook on a stored tensor: nothing lives on a module, a layer can be used any number of
-    times in one graph, and the tape is freed with the output.
+    The inputs of f are arguments too, unused by a first derivative (autograd continues through
+    the recorded image), and the receivers of a differentiable one.
     """
 
     @staticmethod
-    def forward(ctx: Any, fz: Tensor, z: Tensor, solve: _BackwardSolve) -> Tensor:
-        ctx.solve = solve
+    def forward(ctx: Any, fz: Tensor, z: Tensor, edge: _FixedPointEdge, *inputs: Tensor) -> Tensor:
+        ctx.edge = edge
         # A copy, so that writing to the output in place cannot corrupt the recorded evaluation.
+        output = z.clone()
+        ctx.save_for_backward(output, *inputs)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
+        nothing: tuple[None, ...] = (None,) * (len(ctx.needs_input_grad) - 3)
+        if cotangents[0] is None:
+            return (None, None, None, *nothing)
+        if not torch.is_grad_enabled():
+            return (ctx.edge.cotangent(cotangents[0]), None, None, *nothing)
+        # Not before: unpacking checks that the output was not written to, which only matters here.
+        z, *inputs = ctx.saved_tensors
+        gradients = ctx.edge.differentiable_gradients(cotangents[0], z, tuple(inputs))
+        return (None, None, None, *gradients)
+
+
+class _Gate:
+    """An identity whose backward can be shut, to differentiate f at fixed z.
+
+    Shut while the partial derivatives are taken; open afterwards, so that their own dependence
+    on z is seen.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = True
+
+    def through(self, z: Tensor) -> Tensor:
+        return _GateFunction.apply(z, self)
+
+    @contextmanager
+    def closed(self) -> Generator[None]:
+        self.is_open = False
+        try:
+            yield
+        finally:
+            self.is_open = True
+
+
+class _GateFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, gate: _Gate) -> Tensor:
+        ctx.gate = gate
         return z.clone()
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor, None, None]:
-        refuse_second_derivatives("Implicit")
-        return ctx.solve(cotangents[0]), None, None
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, None]:
+        return (cotangents[0] if ctx.gate.is_open else None), None

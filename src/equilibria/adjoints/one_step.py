@@ -28,5 +28,5 @@ class OneStep(Adjoint):
         """Solve without a graph and attach one recorded evaluation."""
         with torch.no_grad():
             result = forward.run()
-        taped = forward.problem.tape(result.iterate.z)
+        taped, _ = forward.problem.tape(result.iterate.z)
         return AttachGraph.apply(result.iterate.z, taped.fz, "OneStep"), result

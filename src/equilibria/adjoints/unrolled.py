@@ -24,4 +24,4 @@ class Unrolled(Adjoint):
     def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
         """Run the solve with the graph recorded."""
         result = forward.run()
-        return result.iterate.z, result
+        return result.iterate.z.clone(), result

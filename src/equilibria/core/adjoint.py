@@ -83,5 +83,5 @@ def refuse_second_derivatives(method: str) -> None:
     if torch.is_grad_enabled():
         raise SecondDerivativeError(
             f"{method} has no right second derivative, and backward was called with "
-            "create_graph=True; use Unrolled() for second derivatives"
+            "create_graph=True; use Implicit() or Unrolled() for second derivatives"
         )

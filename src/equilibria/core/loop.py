@@ -113,8 +113,7 @@ def iterate(
         ) -> Iterate:
             if frozen is not None:
                 z = torch.where(frozen[0], z, frozen[1])
-            with torch.set_grad_enabled(taping and not last):
-                return problem.evaluate(z)
+            return problem.evaluate(z, record=taping and not last)
 
         current, solver_state = solver.step(evaluate, current, solver_state)
         measured = measure(current)
@@ -142,8 +141,8 @@ def _worth_keeping(new: Measurement, kept: Measurement, codes: Tensor, keep: Kee
 
 def check_limits(max_steps: int, keep: str) -> None:
     """Raise UserError for a step limit below 1 or an unknown `keep`."""
-    if max_steps < 1:
-        raise UserError(f"max_steps={max_steps} allows no step; give at least 1")
+    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"max_steps={max_steps!r} allows no step; give an integer of at least 1")
     if keep not in get_args(Keep):
         raise UserError(
             f"keep={keep!r} is not one of {', '.join(map(repr, get_args(Keep)))}"

@@ -9,9 +9,9 @@ from equilibria.core.errors import UserError
 
 def check_relaxation(relaxation: float) -> None:
     """Accept 0 < relaxation < 2; 1 means undamped."""
-    if not 0.0 < relaxation < 2.0:
+    if not _is_number(relaxation) or not 0.0 < relaxation < 2.0:
         raise UserError(
-            f"relaxation={relaxation} must lie between 0 and 2 (1 is undamped, below 1 damps)"
+            f"relaxation={relaxation!r} must lie between 0 and 2 (1 is undamped, below 1 damps)"
         )
 
 
@@ -23,5 +23,9 @@ def check_positive_integer(name: str, value: int) -> None:
 
 def check_not_negative(name: str, value: float) -> None:
     """Accept a finite number that is not negative."""
-    if not math.isfinite(value) or value < 0:
-        raise UserError(f"{name}={value} must be a finite number of at least 0")
+    if not _is_number(value) or not math.isfinite(value) or value < 0:
+        raise UserError(f"{name}={value!r} must be a finite number of at least 0")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

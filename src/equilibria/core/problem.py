@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from equilibria.core.closure import InputRecorder
 from equilibria.core.iterate import Iterate
 from equilibria.core.state import Layout, State
 
@@ -29,15 +30,22 @@ class Problem:
         f: the map on the user's states.
         z0: where to start; any tree of tensors (B, ...).
         batch_dims: 1, or 0 when the whole state is one problem without a batch dimension.
+        inputs: the tensors that f depends on besides z, where they are known; None finds them
+            while an evaluation is recorded. Only second derivatives need them.
 
     Raises:
         StateError: `z0` is no valid state (see `Layout.of`).
     """
 
     def __init__(
-        self, f: Callable[[State], State], z0: State, batch_dims: Literal[0, 1] = 1
+        self,
+        f: Callable[[State], State],
+        z0: State,
+        batch_dims: Literal[0, 1] = 1,
+        inputs: Sequence[Tensor] | None = None,
     ) -> None:
         self.f = f
+        self._inputs = None if inputs is None else tuple(t for t in inputs if t.requires_grad)
         self.layout = Layout.of(z0, batch_dims)
         self.z0 = self.layout.pack(z0)
         self.num_evals = 0
@@ -47,14 +55,22 @@ class Problem:
         self.num_evals += 1
         return self.layout.pack(self.f(self.layout.unpack(z)))
 
-    def evaluate(self, z: Tensor) -> Iterate:
+    def evaluate(self, z: Tensor, *, record: bool = True) -> Iterate:
         """Pair a point with its image; `z` is first rounded to what `f` really sees."""
         if self.layout.rounds:
             z = self.layout.pack(self.layout.unpack(z))
-        return Iterate(z, self.image(z))
+        with torch.set_grad_enabled(record and torch.is_grad_enabled()):
+            return Iterate(z, self.image(z))
 
-    def tape(self, z: Tensor) -> Iterate:
-        """Evaluate `f` at a copy of `z` that is an independent variable, recording gradients."""
+    def tape(self, z: Tensor) -> tuple[Iterate, tuple[Tensor, ...]]:
+        """Evaluate `f` at a copy of `z` that is an independent variable, recording gradients.
+
+        Returns the iterate, and the tensors besides z that the image depends on.
+        """
         with torch.enable_grad():
             free = z.detach().requires_grad_()
-            return Iterate(free, self.image(free))
+            if self._inputs is not None:
+                return Iterate(free, self.image(free)), self._inputs
+            with InputRecorder(exclude=free) as recorder:
+                image = self.image(free)
+            return Iterate(free, image), recorder.inputs

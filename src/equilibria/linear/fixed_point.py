@@ -75,5 +75,7 @@ class _RelativeTo(Termination):
 
     def check(self, measurement: Measurement, step: int, state: None) -> tuple[Tensor, None]:
         """SUCCESS where the criterion holds."""
-        accepted = measurement.residual <= self.atol + self.rtol * self.reference
+        tolerance = self.atol + self.rtol * self.reference
+        resolved = torch.finfo(tolerance.dtype).eps * measurement.image <= tolerance
+        accepted = resolved & (measurement.residual <= tolerance)
         return torch.where(accepted, Status.SUCCESS, RUNNING).to(torch.int8), None

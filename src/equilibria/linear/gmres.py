@@ -109,6 +109,9 @@ class _Run:
     def result(self) -> LinearResult:
         """Close the books: who still runs has hit the step limit."""
         status = torch.where(self.status == RUNNING, Status.MAX_STEPS, self.status)
+        tolerance = self._atol + self._rtol * self._target_norm
+        lost_digits = torch.finfo(self.u.dtype).eps * rms(self.u) > tolerance
+        status = torch.where((status == Status.SUCCESS) & lost_digits, Status.STALLED, status)
         # Without one finite product the zero start would pass for a gradient of zero; b is the
         # one-step gradient, and its residual is not known.
         lost = (status == Status.NONFINITE) & ~self._improved

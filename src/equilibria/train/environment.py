@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-_PACKAGES = ("equilibria", "torch", "numpy", "safetensors", "tyro", "cattrs", "tensorboard")
+from equilibria import __version__
+
+_PACKAGES = ("torch", "numpy", "safetensors", "tyro", "cattrs", "tensorboard")
 
 
 def describe_environment(device: torch.device) -> dict[str, object]:
@@ -17,7 +19,10 @@ def describe_environment(device: torch.device) -> dict[str, object]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {
+            "equilibria": __version__,
+            **{name: _version(name) for name in _PACKAGES},
+        },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "num_threads": torch.get_num_threads(),
     }

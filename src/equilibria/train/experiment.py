@@ -105,6 +105,10 @@ class Experiment:
     seed: int = 0
     """Seed of initial weights, dropout masks and samples."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} must be between 0 and 2**63 - 1")
+
     def build_task(self, corpus: Corpus) -> LanguageModeling:
         """Make model and task with everything drawn from the seed."""
         torch.manual_seed(self.seed)

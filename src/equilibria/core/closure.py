@@ -1,0 +1,89 @@
+"""Which tensors a recorded evaluation depends on, found without asking for a list.
+
+First derivatives do not need this: autograd follows the tape by itself. Second derivatives do,
+because the tape was recorded at a point whose own dependence on these tensors it cannot know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+
+class InputRecorder(TorchFunctionMode):
+    """Notes every tensor from outside that enters an operation and requires a gradient."""
+
+    def __init__(self, exclude: Tensor) -> None:
+        super().__init__()
+        self._start = _next_sequence_number()
+        self._exclude = exclude
+        self._found: dict[int, Tensor] = {}
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors found, in the order of their first use."""
+        return tuple(self._found.values())
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Look at the arguments, then run the operation as usual."""
+        for value in pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and id(value) not in self._found:
+                self._consider(value)
+        return func(*args, **(kwargs or {}))
+
+    def _consider(self, tensor: Tensor) -> None:
+        if not tensor.requires_grad or tensor is self._exclude:
+            return
+        if tensor.grad_fn is None or _number(tensor.grad_fn) < self._start:
+            self._found[id(tensor)] = tensor
+
+
+def covers(output: Tensor, inputs: Iterable[Tensor], start: int) -> bool:
+    """Whether every path from `output` back to before node number `start` meets an input.
+
+    A walk over the autograd graph; nodes made since `start` belong to the evaluation.
+    """
+    leaves = {id(tensor) for tensor in inputs if tensor.grad_fn is None}
+    borders = {tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None}
+    waiting, seen = [output.grad_fn], set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node in borders:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # only the node of a leaf has one
+        if variable is not None:
+            if id(variable) not in leaves:
+                return False
+        elif _number(node) < start:
+            return False
+        else:
+            waiting.extend(parent for parent, _ in node.next_functions)
+    return True
+
+
+def graph_position() -> int:
+    """A number that every autograd node made later in this thread is not below."""
+    return _next_sequence_number()
+
+
+def _next_sequence_number() -> int:
+    with torch.enable_grad():
+        probe = torch.zeros((), requires_grad=True).view(())
+    return 0 if probe.grad_fn is None else _number(probe.grad_fn) + 1
+
+
+def _number(node: Node) -> int:
+    return node._sequence_nr()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType, reportPrivateUsage]
