@@ -15,8 +15,10 @@ from equilibria.core.state import State, StateError
 from equilibria.core.status import ConvergenceError, ConvergenceWarning, Status
 from equilibria.core.termination import Termination
 from equilibria.deq import DEQ, Cell
+from equilibria.linear.bicgstab import BiCGStab
 from equilibria.linear.fixed_point import FixedPoint
 from equilibria.linear.gmres import GMRES
+from equilibria.linear.neumann import Neumann
 from equilibria.solvers.anderson import Anderson
 from equilibria.solvers.broyden import Broyden
 from equilibria.solvers.picard import Picard
@@ -31,6 +33,7 @@ __all__ = [
     "Adjoint",
     "Anderson",
     "BackwardReport",
+    "BiCGStab",
     "Broyden",
     "Cell",
     "ConvergenceError",
@@ -42,6 +45,7 @@ __all__ = [
     "LinearResult",
     "LinearSolver",
     "Measurement",
+    "Neumann",
     "OneStep",
     "Phantom",
     "Picard",

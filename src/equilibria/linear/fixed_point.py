@@ -21,7 +21,7 @@ from equilibria.core.termination import Termination
 class FixedPoint(LinearSolver):
     """Solve u = a(u) + b by running a fixed-point solver on the map u -> a(u) + b.
 
-    Starts from u = b, which is the one-step gradient, and keeps the best iterate of each sample.
+    Starts from u = b, the one-step gradient, unless given a guess, and keeps the best iterate of each sample.
     Anderson on this affine map is closely related to GMRES, Picard is the Neumann series.
 
     Args:
@@ -38,10 +38,11 @@ class FixedPoint(LinearSolver):
         rtol: float,
         atol: float,
         max_steps: int,
+        guess: Tensor | None = None,
         trace: bool = False,
     ) -> LinearResult:
         """See `LinearSolver.solve`."""
-        problem = Problem(lambda u: a(u) + b, b)
+        problem = Problem(lambda u: a(u) + b, b if guess is None else guess)
         reference = rms(b)
         result = iterate(
             problem,

@@ -55,10 +55,11 @@ class GMRES(LinearSolver):
         rtol: float,
         atol: float,
         max_steps: int,
+        guess: Tensor | None = None,
         trace: bool = False,
     ) -> LinearResult:
         """See `LinearSolver.solve`."""
-        run = _Run(a, b, rtol, atol, trace)
+        run = _Run(a, b, rtol, atol, guess, trace)
         while run.num_steps_made < max_steps and bool((run.status == RUNNING).any()):
             run.cycle(min(self.restart, max_steps - run.num_steps_made))
         return run.result()
@@ -67,20 +68,28 @@ class GMRES(LinearSolver):
 class _Run:
     """One solve: the best point and the residual of every sample, improved cycle by cycle."""
 
-    def __init__(self, a: Product, b: Tensor, rtol: float, atol: float, trace: bool) -> None:
+    def __init__(
+        self,
+        a: Product,
+        b: Tensor,
+        rtol: float,
+        atol: float,
+        guess: Tensor | None,
+        trace: bool,
+    ) -> None:
         self._a, self._b = a, b
         self._scale = 1.0 / math.sqrt(max(b.shape[1], 1))
         self._rtol, self._atol = rtol, atol
-        self.num_evals = 0
+        self.num_evals = 0 if guess is None else 1
         self.num_steps_made = 0
-        self.u = torch.zeros_like(b)
-        self.residual = b
+        self.u = torch.zeros_like(b) if guess is None else guess
+        self.residual = b if guess is None else a(guess) + b - guess
         self._target_norm = rms(b)
         self.status = torch.full_like(self._target_norm, RUNNING, dtype=torch.int8)
         self.steps = torch.zeros_like(self._target_norm, dtype=torch.int64)
         self._improved = torch.zeros_like(self.status, dtype=torch.bool)
         self._trace: list[Tensor] | None = [] if trace else None
-        self._judge(self._target_norm)
+        self._judge(rms(self.residual))
 
     def cycle(self, size: int) -> None:
         """Build one Krylov space of at most `size` vectors and move to its best point."""
