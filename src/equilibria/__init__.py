@@ -1,6 +1,7 @@
 """Deep Equilibrium Models: fixed-point layers with exact gradients in constant memory."""
 
 from equilibria.adjoints.implicit import Implicit
+from equilibria.adjoints.neumann_series import NeumannSeries
 from equilibria.adjoints.one_step import OneStep
 from equilibria.adjoints.phantom import Phantom
 from equilibria.adjoints.unrolled import Unrolled
@@ -46,6 +47,7 @@ __all__ = [
     "LinearSolver",
     "Measurement",
     "Neumann",
+    "NeumannSeries",
     "OneStep",
     "Phantom",
     "Picard",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from equilibria.core.adjoint import Adjoint, Forward, SecondDerivativeError
 from equilibria.core.closure import covers, graph_position
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import Iterate
+from equilibria.core.jacobian import transposed_jacobian
 from equilibria.core.linear import LinearSolver
 from equilibria.core.loop import LoopResult
 from equilibria.core.parameters import check_not_negative, check_positive_integer
@@ -117,7 +118,7 @@ class _FixedPointEdge:
         solver = self._adjoint.solver
         linear = solver if isinstance(solver, LinearSolver) else FixedPoint(solver)
         result = linear.solve(
-            _transposed_jacobian(self._taped),
+            transposed_jacobian(self._taped),
             g,
             rtol=self._adjoint.rtol,
             atol=self._adjoint.atol,
@@ -153,7 +154,7 @@ class _FixedPointEdge:
             with torch.no_grad():
                 solution = self.cotangent(g)
             system = Problem(
-                lambda u: _transposed_jacobian(here, create_graph=True)(u) + g,
+                lambda u: transposed_jacobian(here, create_graph=True)(u) + g,
                 solution,
                 inputs=(here.z, g, *inputs),
             )
@@ -162,17 +163,6 @@ class _FixedPointEdge:
             ).attach()
             with gate.closed():
                 return torch.autograd.grad(here.fz, inputs, u, create_graph=True, allow_unused=True)
-
-
-def _transposed_jacobian(at: Iterate, create_graph: bool = False) -> Callable[[Tensor], Tensor]:
-    """The map u -> J^T u of a recorded evaluation."""
-
-    def product(u: Tensor) -> Tensor:
-        return torch.autograd.grad(
-            at.fz, at.z, u, retain_graph=True, create_graph=create_graph, materialize_grads=True
-        )[0]
-
-    return product
 
 
 class _Implicit(torch.autograd.Function):

@@ -17,11 +17,19 @@ class Unrolled(Adjoint):
     The gradient is that of the returned iterate whatever its residual, `z0` gets one too, and
     second derivatives are right. Memory grows with the number of steps. With `Picard()` and
     `FixedSteps(k)` this is a weight-tied network of k layers: shallow pre-training.
+
+    Args:
+        checkpoint: keep only the state of each step and evaluate f again in the backward pass:
+            one state per step instead of all that f records, for one more evaluation per step.
+            f must give the same result twice (masks and weights made once per solve do).
     """
+
+    checkpoint: bool = False
 
     exact = True
 
     def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
         """Run the solve with the graph recorded."""
+        forward.problem.checkpoint = self.checkpoint
         result = forward.run()
         return result.iterate.z.clone(), result

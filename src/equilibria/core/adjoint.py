@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,17 +59,28 @@ class Adjoint(ABC):
 
 
 class AttachGraph(torch.autograd.Function):
-    """Give `value` the gradient of `path`: forward is `value`, backward passes to `path`."""
+    """Give `value` the gradient of `path`: forward is `value`, backward passes to `path`.
+
+    `transform` turns the cotangent of the value into that of the path; None leaves it as it is.
+    """
 
     @staticmethod
-    def forward(ctx: object, value: Tensor, path: Tensor, method: str) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.method = method  # pyright: ignore[reportAttributeAccessIssue]
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        path: Tensor,
+        method: str,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        ctx.method = method
+        ctx.transform = transform
         return value.clone()
 
     @staticmethod
-    def backward(ctx: object, *cotangents: Tensor) -> tuple[None, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        refuse_second_derivatives(ctx.method)  # pyright: ignore[reportAttributeAccessIssue]
-        return None, cotangents[0], None
+    def backward(ctx: Any, *cotangents: Any) -> tuple[None, Tensor, None, None]:
+        refuse_second_derivatives(ctx.method)
+        cotangent: Tensor = cotangents[0]
+        return None, ctx.transform(cotangent) if ctx.transform else cotangent, None, None
 
 
 class SecondDerivativeError(RuntimeError):

@@ -53,6 +53,8 @@ class LinearSolver(ABC):
         """Solve to rms(a(u) + b - u) <= atol + rtol * rms(b), or `max_steps` steps.
 
         Relative to b and not to u: on a singular system u grows without bound, and a residual
-        relative to it would call that a success. `guess` is where to start, if anything is known.
-        Success is claimed only where the dtype can resolve the tolerance at the size of u. Scaling b scales u and changes nothing else.
+        relative to it would call that a success. Scaling b scales u and changes nothing else.
+        Success is claimed only where the dtype can resolve the tolerance at the size of u.
+
+        `guess` is where to start, if anything is known.
         """

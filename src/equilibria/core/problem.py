@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from equilibria.core.closure import InputRecorder
 from equilibria.core.iterate import Iterate
@@ -49,11 +50,15 @@ class Problem:
         self.layout = Layout.of(z0, batch_dims)
         self.z0 = self.layout.pack(z0)
         self.num_evals = 0
+        self.checkpoint = False  # whether recorded evaluations are made again when needed
 
     def image(self, z: Tensor) -> Tensor:
         """Call `f` once on a packed point; with grad enabled the call is recorded."""
         self.num_evals += 1
-        return self.layout.pack(self.f(self.layout.unpack(z)))
+        state = self.layout.unpack(z)
+        if self.checkpoint and torch.is_grad_enabled():
+            return self.layout.pack(checkpoint(self.f, state, use_reentrant=False))
+        return self.layout.pack(self.f(state))
 
     def evaluate(self, z: Tensor, *, record: bool = True) -> Iterate:
         """Pair a point with its image; `z` is first rounded to what `f` really sees."""
