@@ -80,7 +80,6 @@ constraints: ## resolve all dependencies anew and rewrite constraints.txt
 	sed -E 's/\+[a-z0-9.]+$$//' "$$scratch/freeze" | grep -vE '^(nvidia-|cuda-|triton)' \
 		>> "$$scratch/pins"; \
 	cp "$$scratch/pins" constraints.txt
-	@git diff --stat -- constraints.txt
 
 clean: ## remove .venv, caches and builds; runs are kept
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -90,6 +89,6 @@ is_new_enough = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/de
 define require_python
 { $(call is_new_enough,$(PYTHON)) || { \
 	echo "error: equilibria needs Python 3.11 or newer, and $(PYTHON) is" \
-		"$$($(PYTHON) --version 2>&1 || echo missing)." >&2; \
+		"$$(command -v $(PYTHON) >/dev/null && $(PYTHON) --version 2>&1 || echo missing)." >&2; \
 	echo "Name another one, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }; }
 endef

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from equilibria.adjoints.implicit import Implicit
 from equilibria.core.adjoint import Adjoint, Forward
 from equilibria.core.errors import UserError
 from equilibria.core.loop import Keep, LoopResult, check_limits, iterate
+from equilibria.core.parameters import check_positive_integer
 from equilibria.core.problem import Problem
 from equilibria.core.solution import Solution
 from equilibria.core.solver import Solver
@@ -22,6 +23,9 @@ from equilibria.core.status import OnFailure, check_on_failure, enforce
 from equilibria.core.termination import Termination
 from equilibria.solvers.anderson import Anderson
 from equilibria.terminations.residual import Residual
+
+States = Literal["all"] | int | Sequence[int] | None
+"""Which intermediate states to return: all, a number of evenly spaced ones, or given steps."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ def solve(
     keep: Keep = "best",
     on_failure: OnFailure = "warn",
     batch_dims: Literal[0, 1] = 1,
+    segments: Tensor | None = None,
+    states: States = None,
     inputs: Sequence[Tensor] | None = None,
     trace: bool = False,
 ) -> Solution:
@@ -76,6 +82,11 @@ def solve(
         keep: what a sample that misses the tolerance returns, its "best" or "last" iterate.
         on_failure: "warn", "raise" or "ignore" when a sample, forward or backward, is no success.
         batch_dims: 1, or 0 when the whole state is one problem.
+        segments: ragged and graph batches: for each row of the state the number of the problem it
+            belongs to (N,); norms, convergence and reports are then per problem.
+        states: intermediate states to return, for correction losses: "all", a number of evenly
+            spaced ones, or the steps wanted. Each carries a gradient by the same adjoint, as if it
+            were the fixed point; the final state is always the last of them.
         inputs: the tensors f depends on besides z. None (default) finds them; only a second
             derivative through a compiled f needs them named.
         trace: record the relative residual of every step, forward and backward.
@@ -95,7 +106,16 @@ def solve(
         0.739
     """
     settings = SolveSettings(solver, termination, adjoint, max_steps, keep, on_failure)
-    return solve_with(f, z0, settings, batch_dims=batch_dims, inputs=inputs, trace=trace)
+    return solve_with(
+        f,
+        z0,
+        settings,
+        batch_dims=batch_dims,
+        segments=segments,
+        states=states,
+        inputs=inputs,
+        trace=trace,
+    )
 
 
 def solve_with(
@@ -104,12 +124,15 @@ def solve_with(
     settings: SolveSettings,
     *,
     batch_dims: Literal[0, 1] = 1,
+    segments: Tensor | None = None,
+    states: States = None,
     inputs: Sequence[Tensor] | None = None,
     trace: bool = False,
 ) -> Solution:
     """`solve` with its settings as one object."""
     start = time.perf_counter()
-    problem = Problem(f, z0, batch_dims, inputs)
+    problem = Problem(f, z0, batch_dims, segments, inputs)
+    record = _steps_to_record(states, settings.max_steps)
 
     def run() -> LoopResult:
         return iterate(
@@ -119,17 +142,22 @@ def solve_with(
             max_steps=settings.max_steps,
             keep=settings.keep,
             trace=trace,
+            record=record,
         )
 
     forward = Forward(problem, run, settings.on_failure, trace=trace)
     if torch.is_grad_enabled():
         z, result = settings.adjoint.apply(forward)
+        passed = [settings.adjoint.attach(forward, state) for state in result.states]
     else:
         result = run()
+        # A copy, because without a step the solution is z0, which is the user's.
         z = result.iterate.z.clone()
+        passed = result.states
     enforce(result.status, settings.on_failure, "the forward solve")
     return Solution(
         z=problem.layout.unpack(z),
+        states=tuple(map(problem.layout.unpack, (*passed, z))) if states is not None else (),
         status=result.status,
         residual=result.measurement.residual,
         relative_residual=result.measurement.relative,
@@ -139,6 +167,27 @@ def solve_with(
         backward=forward.report,
         trace=None if result.trace is None else result.trace.relative,
     )
+
+
+def _steps_to_record(states: States, max_steps: int) -> Collection[int]:
+    """Steps whose point is returned besides the final one."""
+    if states is None:
+        return ()
+    if states == "all":
+        return range(1, max_steps + 1)
+    if isinstance(states, int):
+        check_positive_integer("states", states)
+        return {round(i * max_steps / states) for i in range(1, states)}
+    if isinstance(states, str) or not all(isinstance(step, int) for step in states):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(
+            f"states={states!r} is no choice; give 'all', a number of evenly spaced states, or "
+            "the steps whose states you want"
+        )
+    if any(not 1 <= step <= max_steps for step in states):
+        raise UserError(
+            f"states={states!r} asks for steps outside 1 to max_steps={max_steps}; there are none"
+        )
+    return set(states)
 
 
 def _check_kind(name: str, given: object, expected: type, example: str) -> None:

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from equilibria.adjoints.implicit import Implicit
-from equilibria.api import SolveSettings, solve_with
+from equilibria.api import SolveSettings, States, solve_with
 from equilibria.core.adjoint import Adjoint
 from equilibria.core.errors import UserError
 from equilibria.core.loop import Keep
@@ -108,6 +108,8 @@ class DEQ(nn.Module):
         *inputs: Any,
         z0: State | None = None,
         settings: SolveSettings | None = None,
+        segments: Tensor | None = None,
+        states: States = None,
         trace: bool = False,
         **named_inputs: Any,
     ) -> Solution:
@@ -118,10 +120,17 @@ class DEQ(nn.Module):
             **named_inputs: likewise; it refuses names that it does not know.
             z0: initial state; by default the cell's own.
             settings: for this call only, instead of the layer's.
+            segments: ragged batches, as in `solve`.
+            states: intermediate states, as in `solve`.
             trace: record the residual of every step, forward and backward.
         """
         return self.solve(
-            self.cell.inject(*inputs, **named_inputs), z0=z0, settings=settings, trace=trace
+            self.cell.inject(*inputs, **named_inputs),
+            z0=z0,
+            settings=settings,
+            segments=segments,
+            states=states,
+            trace=trace,
         )
 
     def solve(
@@ -130,10 +139,17 @@ class DEQ(nn.Module):
         *,
         z0: State | None = None,
         settings: SolveSettings | None = None,
+        segments: Tensor | None = None,
+        states: States = None,
         trace: bool = False,
     ) -> Solution:
         """Solve for an injection made before, for models that need it afterwards too."""
         start = self.cell.initial_state(injection) if z0 is None else z0
         return solve_with(
-            lambda z: self.cell(z, injection), start, settings or self.settings, trace=trace
+            lambda z: self.cell(z, injection),
+            start,
+            settings or self.settings,
+            segments=segments,
+            states=states,
+            trace=trace,
         )

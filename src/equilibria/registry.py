@@ -44,24 +44,25 @@ def find(kind: type, name: str) -> type:
     """
     if ":" in name:
         return _find_outside([kind], name)
-    snake, known = _snake_case(name), names(kind)
-    if snake not in known:
+    file = _file_of(kind, name)
+    if file is None:
+        known = names(kind)
         raise UserError(
-            f"no {kind.__name__} is called {name!r}{nearest(snake, known)} "
+            f"no {kind.__name__} is called {name!r}{nearest(name, known)} "
             f"(there are: {', '.join(known)})"
         )
-    module = importlib.import_module(f"{KINDS[kind]}.{snake}")
+    module = importlib.import_module(f"{KINDS[kind]}.{file}")
     for item in vars(module).values():
         if (
             isinstance(item, type)
             and issubclass(item, kind)
             and item.__module__ == module.__name__
-            and _snake_case(item.__name__) == snake
+            and _squashed(item.__name__) == _squashed(file)
         ):
             return item
     raise UserError(
-        f"the file of {module.__name__} defines no {kind.__name__} of its own name; the class "
-        f"in {snake}.py is to be called {snake.title().replace('_', '')}"
+        f"{module.__name__} defines no {kind.__name__} of its own name; the class in {file}.py is "
+        f"to be called {file.title().replace('_', '')}, in any spelling with capitals"
     )
 
 
@@ -89,7 +90,8 @@ def describe(plugin: Any) -> str:
     )
     cls = type(plugin)
     inside = any(cls.__module__.startswith(package + ".") for package in KINDS.values())
-    name = _snake_case(cls.__name__) if inside else f"{cls.__module__}:{cls.__name__}"
+    module = cls.__module__
+    name = module.rpartition(".")[2] if inside else f"{module}:{cls.__name__}"
     return f"{name}({options})" if options else name
 
 
@@ -147,7 +149,7 @@ def _find_in(kinds: list[type], function: ast.expr, text: str) -> type:
         raise UserError(f"{text!r} cannot be read; write a name, or name(option=value, ...)")
     name = function.id
     for kind in kinds:
-        if len(kinds) == 1 or _snake_case(name) in names(kind):
+        if len(kinds) == 1 or _file_of(kind, name) is not None:
             return find(kind, name)
     known = sorted({known for kind in kinds for known in names(kind)})
     raise UserError(
@@ -180,8 +182,14 @@ def _is_plugin(item: object, kinds: list[type]) -> bool:
     )
 
 
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.replace("-", "_")).lower()
+def _file_of(kind: type, name: str) -> str | None:
+    """The plug-in file that a name means: "one_step" for "one-step" and "OneStep"."""
+    return next((file for file in names(kind) if _squashed(file) == _squashed(name)), None)
+
+
+def _squashed(name: str) -> str:
+    """Without case and separators, because capitals do not tell where words end: BiCGStab."""
+    return name.replace("-", "").replace("_", "").lower()
 
 
 def _describe_value(value: Any) -> str:

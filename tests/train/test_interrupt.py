@@ -14,11 +14,14 @@ from equilibria.train.interrupt import StopRequest
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
 )
-def test_the_first_signal_is_a_wish(number: signal.Signals, code: int) -> None:
+def test_the_first_signal_is_a_wish(
+    number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     with StopRequest() as stop:
         assert (stop.signal, stop.exit_code) == (None, 0)
         os.kill(os.getpid(), number)
         assert (stop.signal, stop.exit_code) == (number, code)
+    assert "stopping after this step; once more to stop at once" in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_acts_as_usual() -> None:

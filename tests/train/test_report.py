@@ -10,15 +10,29 @@ from typing import Any
 import pytest
 import torch
 
+from equilibria.tasks.generation import SamplingConfig
 from equilibria.train.loop import Trainer
 from equilibria.train.report import finish, render
 
 TrainerFactory = Callable[..., Trainer]
 
 
+@pytest.fixture(autouse=True)
+def short_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 tokens would outlast the training."""
+    monkeypatch.setattr(
+        "equilibria.train.report.SamplingConfig",
+        lambda num_tokens, seed: SamplingConfig(num_tokens=num_tokens // 50, seed=seed),
+    )
+
+
 @pytest.fixture
-def trained(make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("equilibria.train.report.plot_run", lambda *_, **__: None)
+
+
+@pytest.fixture
+def trained(make_trainer: TrainerFactory, no_pictures: None) -> Trainer:
     trainer = make_trainer({"model": {"solve": {"eval_max_steps": 3}}})
     trainer.fit()
     return trainer
@@ -66,9 +80,8 @@ def test_the_trace_is_of_both_solves(trained: Trainer) -> None:
 
 @pytest.mark.parametrize("adjoint", ["one_step", "phantom(num_steps=2)", "unrolled"])
 def test_gradients_without_a_backward_solve(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, adjoint: str
+    make_trainer: TrainerFactory, no_pictures: None, adjoint: str
 ) -> None:
-    monkeypatch.setattr("equilibria.train.report.plot_run", lambda *_, **__: None)
     trainer = make_trainer({"model": {"solve": {"adjoint": adjoint, "eval_max_steps": 3}}})
     trainer.fit()
     _finish(trainer)
@@ -78,9 +91,8 @@ def test_gradients_without_a_backward_solve(
 
 
 def test_a_run_without_equilibria_has_no_figures_of_them(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+    make_trainer: TrainerFactory, no_pictures: None
 ) -> None:
-    monkeypatch.setattr("equilibria.train.report.plot_run", lambda *_, **__: None)
     trainer = make_trainer({"task": {"pretrain_steps": 12}, "model": {"solve": {"max_steps": 2}}})
     trainer.fit()
     summary = _finish(trainer)

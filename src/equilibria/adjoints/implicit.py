@@ -17,7 +17,6 @@ from equilibria.core.errors import UserError
 from equilibria.core.iterate import Iterate
 from equilibria.core.jacobian import transposed_jacobian
 from equilibria.core.linear import LinearSolver
-from equilibria.core.loop import LoopResult
 from equilibria.core.parameters import check_not_negative, check_positive_integer
 from equilibria.core.problem import Problem
 from equilibria.core.solver import Solver
@@ -78,12 +77,9 @@ class Implicit(Adjoint):
             raise UserError("rtol and atol of Implicit are both 0; give at least one")
         check_positive_integer("max_steps", self.max_steps)
 
-    def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
-        """Solve without a graph, record one evaluation at the solution, attach the edge."""
-        with torch.no_grad():
-            result = forward.run()
-        fixed_point = _FixedPointEdge(forward.problem, result.iterate.z, self, forward)
-        return fixed_point.attach(), result
+    def attach(self, forward: Forward, z: Tensor) -> Tensor:
+        """Record one evaluation at z and attach the implicit edge to it."""
+        return _FixedPointEdge(forward.problem, z, self, forward).attach()
 
 
 class _FixedPointEdge:

@@ -12,7 +12,6 @@ from equilibria.core.adjoint import Adjoint, AttachGraph, Forward
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import rms
 from equilibria.core.jacobian import transposed_jacobian
-from equilibria.core.loop import LoopResult
 from equilibria.core.parameters import check_positive_integer
 
 
@@ -47,11 +46,9 @@ class NeumannSeries(Adjoint):
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"clip={self.clip} must be above 0, or None for no clipping")
 
-    def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
-        """Solve without a graph, record one evaluation, attach the series to it."""
-        with torch.no_grad():
-            result = forward.run()
-        taped, _ = forward.problem.tape(result.iterate.z)
+    def attach(self, forward: Forward, z: Tensor) -> Tensor:
+        """Record one evaluation at z and attach the series to it."""
+        taped, _ = forward.problem.tape(z)
         product = transposed_jacobian(taped)
 
         def series(g: Tensor) -> Tensor:
@@ -63,7 +60,7 @@ class NeumannSeries(Adjoint):
             forward.report.seconds += time.perf_counter() - start
             return total
 
-        return AttachGraph.apply(result.iterate.z, taped.fz, "NeumannSeries", series), result
+        return AttachGraph.apply(z, taped.fz, "NeumannSeries", series)
 
     def _clipped(self, term: Tensor, g: Tensor) -> Tensor:
         if self.clip is None:

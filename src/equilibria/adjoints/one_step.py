@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from equilibria.core.adjoint import Adjoint, AttachGraph, Forward
-from equilibria.core.loop import LoopResult
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,7 @@ class OneStep(Adjoint):
         Fung et al., JFB: Jacobian-free backpropagation for implicit networks, arXiv 2103.12803.
     """
 
-    def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
-        """Solve without a graph and attach one recorded evaluation."""
-        with torch.no_grad():
-            result = forward.run()
-        taped, _ = forward.problem.tape(result.iterate.z)
-        return AttachGraph.apply(result.iterate.z, taped.fz, "OneStep"), result
+    def attach(self, forward: Forward, z: Tensor) -> Tensor:
+        """Record one evaluation at z and attach it."""
+        taped, _ = forward.problem.tape(z)
+        return AttachGraph.apply(z, taped.fz, "OneStep")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from equilibria.core.adjoint import Adjoint, AttachGraph, Forward
-from equilibria.core.loop import LoopResult
 from equilibria.core.parameters import check_positive_integer, check_relaxation
 
 
@@ -41,11 +39,9 @@ class Phantom(Adjoint):
         check_positive_integer("num_steps", self.num_steps)
         check_relaxation(self.relaxation)
 
-    def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
-        """Solve without a graph and attach the recorded steps."""
-        with torch.no_grad():
-            result = forward.run()
-        path = result.iterate.z.detach()
+    def attach(self, forward: Forward, z: Tensor) -> Tensor:
+        """Record the damped steps from z and attach them."""
+        path = z.detach()
         for _ in range(self.num_steps):
             path = path.lerp(forward.problem.image(path), self.relaxation)
-        return AttachGraph.apply(result.iterate.z, path, "Phantom"), result
+        return AttachGraph.apply(z, path, "Phantom")

@@ -32,4 +32,8 @@ class Unrolled(Adjoint):
         """Run the solve with the graph recorded."""
         forward.problem.checkpoint = self.checkpoint
         result = forward.run()
-        return result.iterate.z.clone(), result
+        return self.attach(forward, result.iterate.z), result
+
+    def attach(self, forward: Forward, z: Tensor) -> Tensor:
+        """A copy: the iterate carries its graph already, and may be the user's own z0."""
+        return z.clone()

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     evals, residual = solves["num_evals"], solves["relative_residual"]
     print(
         f"{options.split} split, checkpoint of step {step}, {result.num_items} tokens\n"
-        f"loss {result.loss:.4f} nats, perplexity {math.exp(result.loss):.3f}, "
+        f"loss {result.loss:.4f} nats, perplexity {math.exp(min(result.loss, 700.0)):.3f}, "
         f"{result.loss / math.log(2.0):.4f} bits per token\n"
         f"function evaluations mean {evals['mean']:.1f}, 95th percentile {evals['p95']:.0f}\n"
         f"relative residual mean {residual['mean']:.1e}, 95th percentile {residual['p95']:.1e}\n"

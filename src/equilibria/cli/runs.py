@@ -45,7 +45,7 @@ def _checkpoint_step(run: RunFolder, checkpoint: str) -> int:
             return run.checkpoints.best()
         case "last":
             return run.checkpoints.latest()
-        case _ if checkpoint.isdigit() and int(checkpoint) in steps:
+        case _ if checkpoint.isdecimal() and int(checkpoint) in steps:
             return int(checkpoint)
         case _:
             raise UserError(

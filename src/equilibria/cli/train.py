@@ -108,13 +108,23 @@ def check_data(run: RunFolder, corpus: Corpus) -> None:
     """Refuse to go on with a run on another text than it began with.
 
     Raises:
-        UserError: the digest differs.
+        UserError: the digest differs, or was not recorded.
     """
-    recorded = run.read_json("environment.json").get("data", {})
+    match run.read_json("environment.json"):
+        case {"data": {"digest": str(digest), **recorded}}:
+            pass
+        case _:
+            raise UserError(
+                f"environment.json in {run.path} does not say which text the run read; restore "
+                "it, or train again from its config.json"
+            )
     present = corpus.describe()
-    if recorded.get("digest") != present["digest"]:
-        raise UserError(
-            f"the run was made with text of digest {str(recorded.get('digest'))[:12]}, the text "
-            f"here has {str(present['digest'])[:12]} (python {recorded.get('python_version')} "
-            f"then, {present.get('python_version')} now); use the same text and Python version"
-        )
+    if digest == present["digest"]:
+        return
+    then, now = recorded.get("python_version"), present.get("python_version")
+    versions = f" (Python {then} then, {now} now)" if then or now else ""
+    raise UserError(
+        f"the run was made with text of digest {digest[:12]}, the text here has "
+        f"{str(present['digest'])[:12]}{versions}; use the same text"
+        f"{' and version of Python' if versions else ''}"
+    )

@@ -50,12 +50,18 @@ class Adjoint(ABC):
     exact: bool = False
     """Whether the gradient is right in the limit of tight tolerances."""
 
-    @abstractmethod
     def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
         """Run the solve and return the packed fixed point carrying the graph, and the result.
 
         Called with grad enabled only; without it there is no gradient to attach.
         """
+        with torch.no_grad():
+            result = forward.run()
+        return self.attach(forward, result.iterate.z), result
+
+    @abstractmethod
+    def attach(self, forward: Forward, z: Tensor) -> Tensor:
+        """Give a packed iterate of the solve its gradient, as if it were the fixed point."""
 
 
 class AttachGraph(torch.autograd.Function):

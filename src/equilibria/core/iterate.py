@@ -37,10 +37,15 @@ def rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1) / math.sqrt(max(x.shape[-1], 1))
 
 
-def measure(iterate: Iterate) -> Measurement:
-    """Measure an iterate without recording gradients."""
+def measure(iterate: Iterate, scale: Tensor | None = None) -> Measurement:
+    """Measure an iterate without recording gradients; `scale` (B,) corrects for padding."""
     with torch.no_grad():
-        return Measurement(rms(iterate.fz - iterate.z), rms(iterate.fz))
+        residual, image = rms(iterate.fz - iterate.z), rms(iterate.fz)
+        return (
+            Measurement(residual, image)
+            if scale is None
+            else Measurement(residual * scale, image * scale)
+        )
 
 
 def choose(rows: Tensor, where_true: Iterate, where_false: Iterate) -> Iterate:

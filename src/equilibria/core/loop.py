@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from equilibria.core.errors import UserError, nearest
-from equilibria.core.iterate import Iterate, Measurement, choose, measure
+from equilibria.core.iterate import Iterate, Measurement, choose
 from equilibria.core.problem import Problem
 from equilibria.core.solver import Solver
 from equilibria.core.status import RUNNING, Status
@@ -30,6 +31,7 @@ class LoopResult:
         trace: measurement after every step, norms (num_steps + 1, B), the residual NaN once a
             sample is finished; None unless asked for.
         solver_state: what the solver remembered.
+        states: the points at the steps asked for, packed (B, D) each.
     """
 
     iterate: Iterate
@@ -38,6 +40,7 @@ class LoopResult:
     num_steps: Tensor
     trace: Measurement | None
     solver_state: Any
+    states: list[Tensor] = field(default_factory=list)
 
 
 def iterate(
@@ -48,6 +51,7 @@ def iterate(
     max_steps: int,
     keep: Keep = "best",
     trace: bool = False,
+    record: Collection[int] = (),
 ) -> LoopResult:
     """Step until every sample has finished or `max_steps` steps are made.
 
@@ -62,7 +66,7 @@ def iterate(
     check_limits(max_steps, keep)
     taping = torch.is_grad_enabled()
     current = problem.evaluate(problem.z0)
-    measured = measure(current)
+    measured = problem.measure(current)
     batch = measured.residual.shape[0]
     kept, kept_measured = current, measured
     status = torch.full((batch,), RUNNING, dtype=torch.int8, device=problem.z0.device)
@@ -72,7 +76,9 @@ def iterate(
     termination_state = termination.init(measured)
     solver_state = solver.init(current, max_steps)
     measurements: list[Measurement] = []
+    states: dict[int, Tensor] = {}
 
+    step = 0
     for step in range(max_steps + 1):
         codes, termination_state = termination.check(measured, step, termination_state)
         codes = torch.where(torch.isfinite(measured.residual), codes, Status.NONFINITE)
@@ -116,7 +122,9 @@ def iterate(
             return problem.evaluate(z, record=taping and not last)
 
         current, solver_state = solver.step(evaluate, current, solver_state)
-        measured = measure(current)
+        measured = problem.measure(current)
+        if step + 1 in record:
+            states[step + 1] = current.z
 
     return LoopResult(
         iterate=kept,
@@ -125,6 +133,8 @@ def iterate(
         num_steps=num_steps,
         trace=_stacked(measurements) if trace else None,
         solver_state=solver_state,
+        # the last step's own point is what the iterate stands for
+        states=[z for made, z in states.items() if made < step],
     )
 
 

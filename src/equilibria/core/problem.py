@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from equilibria.core.closure import InputRecorder
-from equilibria.core.iterate import Iterate
+from equilibria.core.iterate import Iterate, Measurement, measure
 from equilibria.core.state import Layout, State
 
 Map = Callable[[Tensor], Tensor]
@@ -31,6 +31,7 @@ class Problem:
         f: the map on the user's states.
         z0: where to start; any tree of tensors (B, ...).
         batch_dims: 1, or 0 when the whole state is one problem without a batch dimension.
+        segments: for each row of the state, which problem it belongs to (N,); see `Segments`.
         inputs: the tensors that f depends on besides z, where they are known; None finds them
             while an evaluation is recorded. Only second derivatives need them.
 
@@ -43,11 +44,12 @@ class Problem:
         f: Callable[[State], State],
         z0: State,
         batch_dims: Literal[0, 1] = 1,
+        segments: Tensor | None = None,
         inputs: Sequence[Tensor] | None = None,
     ) -> None:
         self.f = f
         self._inputs = None if inputs is None else tuple(t for t in inputs if t.requires_grad)
-        self.layout = Layout.of(z0, batch_dims)
+        self.layout = Layout.of(z0, batch_dims, segments)
         self.z0 = self.layout.pack(z0)
         self.num_evals = 0
         self.checkpoint = False  # whether recorded evaluations are made again when needed
@@ -59,6 +61,10 @@ class Problem:
         if self.checkpoint and torch.is_grad_enabled():
             return self.layout.pack(checkpoint(self.f, state, use_reentrant=False))
         return self.layout.pack(self.f(state))
+
+    def measure(self, iterate: Iterate) -> Measurement:
+        """Norms of residual and image per sample; padding does not count."""
+        return measure(iterate, self.layout.norm_scale)
 
     def evaluate(self, z: Tensor, *, record: bool = True) -> Iterate:
         """Pair a point with its image; `z` is first rounded to what `f` really sees."""

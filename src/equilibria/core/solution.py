@@ -25,6 +25,7 @@ class Solution:
             included.
         seconds: wall time of the forward pass as seen by the host.
         backward: filled in by the backward pass.
+        states: the intermediate states asked for, then the final one; empty if none were.
         trace: relative residual after every step (num_steps + 1, B), NaN once a sample is
             finished; None unless asked for.
     """
@@ -37,6 +38,7 @@ class Solution:
     num_evals: int
     seconds: float
     backward: BackwardReport
+    states: tuple[State, ...] = ()
     trace: Tensor | None = None
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from equilibria.core.errors import UserError
+from equilibria.core.segments import Segments
 
 State = Any
 """A tensor, or a nested tuple / list / dict of tensors, each (B, ...)."""
@@ -50,10 +51,11 @@ class Layout:
     batch_size: int
     dtype: torch.dtype
     device: torch.device
+    segments: Segments | None = None
 
     @staticmethod
-    def of(state: State, batch_dims: Literal[0, 1] = 1) -> Layout:
-        """Read the layout of `state`.
+    def of(state: State, batch_dims: Literal[0, 1] = 1, segments: Tensor | None = None) -> Layout:
+        """Read the layout of `state`, whose rows may belong to problems given by `segments` (N,).
 
         Raises:
             StateError: no tensors, a leaf that is no floating-point tensor, a missing batch
@@ -93,7 +95,13 @@ class Layout:
             batch_size=batch_size,
             dtype=dtype,
             device=tensors[0].device,
+            segments=None if segments is None else _segments(segments, tensors[0], batch_dims),
         )
+
+    @property
+    def norm_scale(self) -> Tensor | None:
+        """Correction (B,) of root mean squares for padding, None without padding."""
+        return None if self.segments is None else self.segments.norm_scale.to(self.dtype)
 
     @property
     def rounds(self) -> bool:
@@ -115,10 +123,13 @@ class Layout:
         columns = [
             self._flatten(leaf, tensor) for leaf, tensor in zip(self.leaves, tensors, strict=True)
         ]
-        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        rows = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        return rows if self.segments is None else self.segments.pad(rows)
 
     def unpack(self, packed: Tensor) -> State:
         """Turn a packed (B, D) tensor back into a state, each leaf in its own dtype."""
+        if self.segments is not None:
+            packed = self.segments.unpad(packed, sum(leaf.size for leaf in self.leaves))
         columns: Sequence[Tensor] = (
             (packed,)
             if len(self.leaves) == 1
@@ -174,6 +185,17 @@ def _check_leaf(name: str, leaf: object, batch_dims: int) -> None:
             f"z0{name} has no dimensions, expected (batch, ...); pass batch_dims=0 for one "
             "global problem"
         )
+
+
+def _segments(index: Tensor, state: Tensor, batch_dims: int) -> Segments:
+    if not batch_dims:
+        raise UserError("segments and batch_dims=0 contradict each other; leave out batch_dims")
+    if index.numel() != state.shape[0]:
+        raise UserError(
+            f"segments has {index.numel()} entries, the state has {state.shape[0]} rows; give one "
+            "entry per row"
+        )
+    return Segments.of(index.to(state.device))
 
 
 def _order(tensor: Tensor, batch_dims: int) -> tuple[int, ...]:

@@ -32,6 +32,8 @@ class SamplingConfig:
             raise UserError(f"temperature={self.temperature} must be a number of at least 0")
         if self.top_k is not None:
             check_positive_integer("top_k", self.top_k)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} must be between 0 and 2**63 - 1")
 
 
 def generate(

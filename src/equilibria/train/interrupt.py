@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from types import FrameType
 from typing import Self
@@ -33,6 +35,9 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
+        # os.write, because the signal may have come in the middle of a print
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
         for each, handler in self._former.items():
             signal.signal(each, handler)  # pyright: ignore[reportArgumentType]
 

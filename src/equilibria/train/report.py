@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from equilibria.diagnostics.plots import plot_run
 from equilibria.tasks.compression_baselines import baselines
 from equilibria.tasks.generation import SamplingConfig, generate
 from equilibria.tasks.language_modeling import LanguageModeling
@@ -29,6 +28,9 @@ _TRACED_SAMPLES = 32
 def finish(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
     """Judge the best checkpoint on the test split; write and return the summary."""
     experiment, task, run = trainer.experiment, trainer.task, trainer.run
+    # here and not above: drawing is the last thing a run does, and matplotlib is slow to import
+    from equilibria.diagnostics.plots import plot_run
+
     best = run.checkpoints.best()
     run.checkpoints.load_weights(best, task.model)
     test = task.evaluate("test")
@@ -40,7 +42,7 @@ def finish(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
         "step": trainer.step,
         "best_step": best,
         "test_loss": test.loss,
-        "test_perplexity": math.exp(test.loss),
+        "test_perplexity": math.exp(min(test.loss, 700.0)),
         "test_bits_per_character": test.loss / math.log(2.0),
         "num_test_characters": test.num_items,
         "baseline_bits_per_character": dict(bits),
