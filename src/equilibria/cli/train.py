@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def _say_how_to_go_on(trainer: Trainer, what: str) -> None:
     folder = shlex.quote(str(trainer.run.path))
-    print(f"{what}; go on with:\n  equilibria train --resume {folder}", file=sys.stderr)
+    print(f"{what}; go on with:\n  {_program()} train --resume {folder}", file=sys.stderr)
+
+
+def _program() -> str:
+    """How this command can be called again: by path when it is not on PATH, as in `make train`."""
+    called = Path(sys.argv[0])
+    if called.name == "equilibria" and shutil.which("equilibria") is None:
+        return shlex.quote(str(called))
+    return "equilibria"
 
 
 def load_config(source: str | None) -> tuple[str, Experiment, str]:
