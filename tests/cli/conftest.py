@@ -62,7 +62,7 @@ def start(arguments: Sequence[object], folder: Path) -> subprocess.Popen[str]:
 
 def make_brief(patch: pytest.MonkeyPatch) -> None:
     """No pictures and a short sample at the end of a run: they outlast a tiny training."""
-    patch.setattr("equilibria.train.report.plot_run", lambda *_, **__: None)
+    patch.setattr("equilibria.diagnostics.plots.plot_run", lambda *_, **__: None)
     patch.setattr(
         "equilibria.train.report.SamplingConfig",
         lambda num_tokens, seed: SamplingConfig(num_tokens=10, seed=seed),

@@ -148,9 +148,9 @@ def test_every_kind_of_option_can_be_set(cli: Any, tiny: list[str], tmp_path: Pa
     assert result.code == 0, result.err
     config = json.loads((_only_run(tmp_path / "runs") / "config.json").read_text())["config"]
     solve = config["model"]["solve"]
-    assert solve["solver"] == "broyden(history_size=7, relaxation=1.0)"
+    assert solve["solver"].startswith("broyden(history_size=7, ")
     assert solve["adjoint"].startswith("implicit(solver=anderson(history_size=3, ")
-    assert solve["eval_solver"] == "picard(relaxation=1.0)"
+    assert solve["eval_solver"].startswith("picard(")
     assert solve["eval_max_steps"] is None
     assert config["model"]["weight_norm"] is False
     assert config["optimizer"]["schedule"] == "inverse-sqrt"

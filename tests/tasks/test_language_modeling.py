@@ -171,6 +171,26 @@ def test_one_stream_with_long_memory_scores_the_text_as_a_whole(make_model: Mode
     assert result.relative_residual.max() < 1e-12
 
 
+def test_memory_ends_where_another_text_starts(make_model: ModelFactory) -> None:
+    """A split of several texts: none of them reads on in the memory of another."""
+    model = make_model(solve=LOOSE)
+    task = _task(model, eval_streams=1)
+    alone = [task.evaluate("valid"), task.evaluate("test")]
+
+    def both(_: str) -> Iterable[Segment]:
+        yield from evaluation_segments(TEXT, 1, 6)
+        yield from evaluation_segments(TEXT.flip(0), 1, 6)
+
+    together = LanguageModeling(
+        model,  # pyright: ignore[reportArgumentType]
+        task.config,
+        TrainingSegments(TEXT, 2, 6),
+        both,
+    ).evaluate("valid")
+    assert together.num_items == 120
+    assert together.loss == pytest.approx(sum(result.loss for result in alone) / 2, rel=1e-9)
+
+
 def test_evaluation_reports_what_each_sample_needed(make_model: ModelFactory) -> None:
     result = _task(make_model(solve=LOOSE), eval_streams=4).evaluate("test")
     num_solves = math.ceil(60 / 4 / 6)

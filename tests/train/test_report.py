@@ -28,7 +28,7 @@ def short_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equilibria.train.report.plot_run", lambda *_, **__: None)
+    monkeypatch.setattr("equilibria.diagnostics.plots.plot_run", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -1,4 +1,9 @@
-"""Pictures of a training run, made from its metrics file alone."""
+"""Pictures of a training run, made from its metrics file alone.
+
+The file is longer than most: three pictures share their smoothing, marks and labels. matplotlib
+is imported where a figure is made, so that importing this module stays cheap, and only its object
+interface is used, so that nothing global changes.
+"""
 
 from __future__ import annotations
 
@@ -7,66 +12,72 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from equilibria.core.errors import UserError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 Record = dict[str, Any]
+Points = list[tuple[float, float]]  # (step, value), by step; a value that is not finite is NaN
 
 # Okabe and Ito's colours, told apart with any colour vision.
-_FORWARD, _BACKWARD, _GREY = "#0072B2", "#D55E00", "#666666"
+_FORWARD, _BACKWARD, _FAILED, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#595959"
 _INCHES, _DPI = (8.0, 5.0), 150
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.11, 0.91, 0.84, 0.115
+_LABEL_ROOM = 0.25  # free room for labels right of the last step, relative to the steps
 _BASELINE_NAMES = {"five_gram": "5-gram"}
 
 
 def plot_run(folder: Path, baselines: Mapping[str, float] | None = None) -> list[Path]:
     """Draw `loss.png`, `solver.png` and `convergence.png` into `folder`/plots.
 
-    A picture whose records are missing is left out.
+    A picture whose records are missing is left out. Each is replaced in one step, so that a
+    reader never sees half of one.
 
     Args:
         folder: a run folder with metrics.jsonl.
-        baselines: bits per token of other methods, drawn as lines beside the loss.
+        baselines: bits per token of other methods on the test split, drawn as lines in the
+            loss; one that is worse than every loss has no place there and is left out.
 
     Returns:
         The pictures drawn.
 
     Raises:
-        UserError: the folder has no metrics.
+        UserError: the folder has no metrics, or cannot be written to.
     """
     records = read_metrics(folder)
-    drawers: dict[str, Callable[[list[Record], Figure], bool]] = {
-        "loss.png": lambda r, f: _draw_loss(r, f, baselines or {}),
-        "solver.png": _draw_solver,
-        "convergence.png": _draw_convergence,
+    figures = {
+        "loss.png": _draw_loss(records, baselines or {}),
+        "solver.png": _draw_solver(records),
+        "convergence.png": _draw_convergence(records),
     }
     target = folder / "plots"
-    target.mkdir(exist_ok=True)
     drawn: list[Path] = []
-    for name, draw in drawers.items():
-        figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained")
-        if draw(records, figure):
+    for name, figure in figures.items():
+        if figure is not None:
             _save(figure, target / name)
             drawn.append(target / name)
     return drawn
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """Records of a run; a last line that a crash cut short is skipped.
+    """Records of a run; a line that a crash cut short is skipped.
 
     Raises:
         UserError: there are none.
     """
     file = folder / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    # a crash may cut inside a character too
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     records: list[Record] = []
-    for line in lines:
+    for line in text.splitlines():
         try:
             record = json.loads(line)
         except ValueError:
@@ -74,91 +85,374 @@ def read_metrics(folder: Path) -> list[Record]:
         if isinstance(record, dict):
             records.append(record)
     if not records:
-        raise UserError(f"{file} has no records to draw; give the folder of a run that has begun")
+        raise UserError(
+            f"{file} has no records to draw; give the folder of a run that has written at least "
+            "one step"
+        )
     return records
 
 
-def _draw_loss(records: list[Record], figure: Figure, baselines: Mapping[str, float]) -> bool:
-    train = _series(records, "train", "loss")
-    valid = _series(records, "valid", "loss")
-    if not train:
-        return False
+def _draw_loss(records: list[Record], baselines: Mapping[str, float]) -> Figure | None:
+    train, valid = _series(records, "train", "loss"), _series(records, "valid", "loss")
+    if not _finite(train):
+        return None
+    figure = _figure("Training and validation loss")
     axes = figure.subplots()
-    axes.plot(*_columns(train), color=_FORWARD, alpha=0.25, linewidth=1)
-    axes.plot(*_columns(_smooth(train)), color=_FORWARD, linewidth=2, label="train (smoothed)")
-    if valid:
-        axes.plot(*_columns(valid), color=_BACKWARD, marker="o", linewidth=2, label="validation")
-    losses = [y for _, y in (*_smooth(train), *valid)]
-    top = _upper_limit(losses)
-    references = {_BASELINE_NAMES.get(k, k): v * math.log(2.0) for k, v in baselines.items()}
-    bottom = min([*losses, *(v for v in references.values())])
-    axes.set_ylim(bottom - 0.08 * (top - bottom), top)
+    last = _frame_steps(axes, train, valid)
+    smooth = _curve(axes, train, None, _FORWARD)
+    axes.plot(*_columns(valid), color=_BACKWARD, marker="o", markersize=4, linewidth=1.5)
+
+    references = {
+        _BASELINE_NAMES.get(name, name): _to_nats(bits)
+        for name, bits in baselines.items()
+        if math.isfinite(bits)
+    }
+    bottom, top = _loss_limits(_finite(smooth), _finite(valid), list(references.values()))
+    axes.set_ylim(bottom, top)
+    ends = [_End("train, smoothed" if _reach(train) else "train", smooth, _FORWARD)]
+    ends += [_End("validation", valid, _BACKWARD)]
     for name, loss in references.items():
-        if loss < top:
-            axes.axhline(loss, color=_GREY, linewidth=1, linestyle=":")
-            _beside(axes, loss, f" {name}, test")
-    _mark_pretraining(axes, records)
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss, nats per token")
-    axes.set_title("Loss over training")
-    axes.legend(loc="upper right", frameon=False)
-    bits = axes.secondary_yaxis(-0.13, functions=(_to_bits, _to_nats))
-    bits.set_ylabel("bits per token")
-    return True
+        if bottom < loss < top:
+            axes.hlines(loss, 0, last, color=_GREY, linewidth=1, linestyle=":", zorder=1)
+            ends.append(_End(f"{name}, test", [(last, loss)], _GREY))
+    _label_ends(axes, ends, last)
+    _mark_border(axes, records)
+    _shade_failures(axes, train)
+    axes.set_ylabel("loss (nats per token)")
+    bits = axes.secondary_yaxis("right", functions=(_to_bits, _to_nats))
+    bits.set_ylabel("loss (bits per token)")
+
+    notes: list[str] = []
+    if _finite(valid):
+        step, lowest = min((p for p in valid if math.isfinite(p[1])), key=lambda p: p[1])
+        notes.append(f"lowest validation loss {lowest:.3f} at step {step:,.0f}")
+    highest = max(_finite(train) + _finite(valid))
+    if highest > top:
+        notes.append(f"highest loss {highest:.3g}, off the top")
+    num_failed = len(train) - len(_finite(train))
+    if num_failed:
+        notes.append(f"shaded: {num_failed:,} of {len(train):,} training losses are not finite")
+    _subtitle(figure, notes)
+    return figure
 
 
-def _draw_solver(records: list[Record], figure: Figure) -> bool:
-    if not _series(records, "train", "num_evals"):
-        return False
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, forward, backward in (
-        (upper, "num_evals", "backward_num_evals"),
-        (lower, "relative_residual", "backward_relative_residual"),
-    ):
-        for key, colour, name in (
-            (forward, _FORWARD, "forward"),
-            (backward, _BACKWARD, "backward"),
-        ):
-            points = _series(records, "train", key)
-            if points:
-                axes.plot(*_columns(points), color=colour, linewidth=1.5, label=name)
-        _mark_pretraining(axes, records, label=axes is upper)
-    upper.set_ylabel("evaluations per sample")
-    upper.set_ylim(bottom=0)
-    upper.yaxis.set_major_locator(MaxNLocator(integer=True))
-    upper.set_title("Solver effort (above) and what it reached (below)")
-    upper.legend(loc="lower right", frameon=False, ncols=2)
-    lower.set_yscale("log")
-    lower.set_ylabel("relative residual")
-    lower.set_xlabel("optimiser step")
-    return True
+def _draw_solver(records: list[Record]) -> Figure | None:
+    series = {
+        key: _series(records, "train", key)
+        for key in (
+            "num_evals",
+            "backward_num_evals",
+            "relative_residual",
+            "backward_relative_residual",
+        )
+    }
+    if not any(_finite(points) for points in series.values()):
+        return None
+    figure = _figure("Work and accuracy of the solves in training")
+    panels = figure.subplots(2, 1, sharex=True)
+    border = _border(records)
+    notes: list[str] = []
+    failed = smoothed = False
+    for axes, name in zip(panels, ("num_evals", "relative_residual"), strict=True):
+        sides = {"forward": series[name], "backward": series[f"backward_{name}"]}
+        last = _frame_steps(axes, *series.values())
+        ends: list[_End] = []
+        for colour, (side, points) in zip((_FORWARD, _BACKWARD), sides.items(), strict=True):
+            smooth = _curve(axes, points, border, colour)
+            ends.append(_End(side, smooth, colour))
+            smoothed |= _reach(points) > 0
+        values = [value for points in sides.values() for value in _finite(points)]
+        failed |= _shade_failures(axes, *sides.values())
+        if name == "num_evals":
+            axes.set_ylim(0, 1.12 * max([*values, 1.0]))
+        else:
+            _log_scale(axes, values)
+        _label_ends(axes, ends, last)
+    upper, lower = panels
+    _mark_border(upper, records, early_height=0.04)  # equilibria cost more, so low is free
+    _mark_border(lower, records, label=False)
+    _whole_numbers(upper)
+    upper.set_xlabel("")
+    upper.set_ylabel("function evaluations\nper sample (mean)")
+    lower.set_ylabel("relative residual\n(mean over samples)")
+
+    if not _finite(series["backward_num_evals"]):
+        unrolled = all(r.get("phase") == "unrolled" for r in _of_kind(records, "train"))
+        notes.append("all steps unrolled: no backward solves" if unrolled else "no backward solves")
+    if failed:
+        notes.append("shaded: residual not finite")
+    if smoothed:
+        notes.append("bold lines are running means")
+    _subtitle(figure, notes)
+    return figure
 
 
-def _draw_convergence(records: list[Record], figure: Figure) -> bool:
-    traces = [record for record in records if record.get("kind") == "trace"]
-    if not traces or not traces[-1].get("forward"):
-        return False
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, side, colour in zip(
-        panels, ("forward", "backward"), (_FORWARD, _BACKWARD), strict=True
-    ):
-        samples: list[list[float | None]] = traces[-1].get(side) or []
-        for sample in samples:
-            points = [(i, v) for i, v in enumerate(sample) if v]
-            axes.plot(*_columns(points), color=colour, alpha=0.3, linewidth=1)
-        axes.plot(*_columns(_median(samples)), color=colour, linewidth=2.5, label="median")
-        tolerance = traces[-1].get(f"{side}_tolerance")
-        if tolerance:
-            axes.axhline(tolerance, color=_GREY, linewidth=1, linestyle="--", label="tolerance")
-        axes.set_yscale("log")
+def _draw_convergence(records: list[Record]) -> Figure | None:
+    traces = _of_kind(records, "trace")
+    sides = {
+        side: [_trace_points(sample) for sample in (traces[-1].get(side) or [])] if traces else []
+        for side in ("forward", "backward")
+    }
+    values = [v for samples in sides.values() for points in samples for v in _finite(points)]
+    if not values:
+        return None
+    trace = traces[-1]
+    tolerances = {side: _number(trace.get(f"{side}_tolerance")) for side in sides}
+    tolerances = {side: t if t and math.isfinite(t) else None for side, t in tolerances.items()}
+    figure = _figure(f"Residual of each solve, step by step, at training step {trace['step']:,}")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    _log_scale(panels[0], [*values, *(t for t in tolerances.values() if t)])
+    longest = max(len(points) for samples in sides.values() for points in samples)
+    panels[0].set_xlim(-0.02 * longest, 1.04 * max(longest - 1, 1))
+    _whole_numbers(panels[0], "x")
+    panels[0].set_ylabel("relative residual")
+    figure.subplots_adjust(top=0.82)
+    for axes, side, colour in zip(panels, sides, (_FORWARD, _BACKWARD), strict=True):
         axes.set_xlabel("solver step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(f"{side.capitalize()} solve" + ("" if samples else ": none"))
-        if samples:
-            axes.legend(loc="upper right", frameon=False)
-    panels[0].set_ylabel("relative residual, one line per sample")
-    figure.suptitle(f"How the residual falls, after training step {traces[-1]['step']}")
-    return True
+        axes.set_title(
+            _describe(side, sides[side], tolerances[side]),
+            loc="left", fontsize=9.5, color=colour,
+        )  # fmt: skip
+        if sides[side]:
+            end = _draw_samples(axes, sides[side], colour)
+            _draw_tolerance(axes, tolerances[side], left=end > 0.5 * longest)
+    _subtitle(figure, ["thin: one sample, dot: where it ended", "bold: median over samples"])
+    return figure
+
+
+def _draw_samples(axes: Axes, samples: list[Points], colour: str) -> float:
+    """Draw every sample and their median; return the step where the median ends."""
+    alpha = min(max(8.0 / len(samples), 0.08), 0.4)
+    for points in samples:
+        axes.plot(*_columns(points), color=colour, alpha=alpha, linewidth=0.8)
+        ended = [p for p in points if math.isfinite(p[1])][-1:]
+        axes.plot(*_columns(ended), color=colour, alpha=alpha, marker="o", markersize=2.5)
+    median = _median(samples)
+    axes.plot(*_columns(median), color=colour, linewidth=2.5)
+    ended = [p for p in median if math.isfinite(p[1])][-1:]
+    axes.plot(*_columns(ended), color=colour, marker="o", markersize=5)
+    for point in ended:
+        ha = "right" if point[0] > 0.85 * axes.get_xlim()[1] else "center"
+        _write(axes, "median", point, colour, (0, -7), ha=ha, va="top", weight="bold")
+    return ended[0][0] if ended else 0.0
+
+
+def _draw_tolerance(axes: Axes, tolerance: float | None, left: bool) -> None:
+    """Dashed line, named at the side that the end of the median leaves free."""
+    if tolerance:
+        axes.axhline(tolerance, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+        point = (axes.get_xlim()[0 if left else 1], tolerance)
+        shift, ha = ((4, -3), "left") if left else ((-4, -3), "right")
+        _write(axes, f"tolerance {tolerance:.2g}", point, _GREY, shift, ha=ha, va="top")
+
+
+def _describe(side: str, samples: list[Points], tolerance: float | None) -> str:
+    """What a panel of the convergence picture shows, in a line."""
+    if not samples:
+        return f"{side.capitalize()}: no solve recorded"
+    if not tolerance:
+        return f"{side.capitalize()}: {len(samples)} samples"
+    reached = sum(min(_finite(points), default=math.inf) <= tolerance for points in samples)
+    return f"{side.capitalize()}: {reached} of {len(samples)} reach the tolerance"
+
+
+# --- Parts of pictures ---------------------------------------------------------------------------
+
+
+class _End(NamedTuple):
+    """A curve to be named at its last finite point."""
+
+    text: str
+    points: Points
+    colour: str
+
+
+def _figure(title: str) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_INCHES, dpi=_DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.subplots_adjust(_LEFT, _BOTTOM, _RIGHT, _TOP, wspace=0.06, hspace=0.12)
+    figure.text(_LEFT, 0.95, title, fontsize=13, weight="bold")
+    return figure
+
+
+def _subtitle(figure: Figure, notes: list[str]) -> None:
+    text = textwrap.fill("; ".join(notes), 92)
+    text = text[:1].upper() + text[1:]
+    figure.text(_LEFT, 0.935, text, va="top", fontsize=9, color=_GREY)
+
+
+def _frame_steps(axes: Axes, *series: Points) -> float:
+    """Lay out the axis of training steps, with room for labels; return the last step."""
+    last = max([step for points in series for step, _ in points] + [1.0])
+    axes.set_xlim(0, (1 + _LABEL_ROOM) * last)
+    _whole_numbers(axes, "x")
+    # no ticks where there are only labels
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("training step")
+    axes.spines[["top", "right"]].set_visible(False)
+    return last
+
+
+def _curve(axes: Axes, points: Points, border: float | None, colour: str) -> Points:
+    """Draw the values light and their running mean strong, apart before and after the border.
+
+    Returns:
+        The running means.
+    """
+    means: Points = []
+    marker = "." if len(points) < 40 else ""  # a lone value is no line
+    for part in _parts(points, border):
+        smooth = _smooth(part, _reach(points))
+        axes.plot(*_columns(part), color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(*_columns(smooth), color=colour, linewidth=2, marker=marker)
+        means += smooth
+    return means
+
+
+def _mark_border(
+    axes: Axes, records: list[Record], early_height: float = 0.97, label: bool = True
+) -> None:
+    """Vertical line where unrolled pre-training ended, named at its roomier side.
+
+    An early border is named on its right, at `early_height` of the axes; a late one on its left,
+    at the top.
+    """
+    border = _border(records)
+    if border is None:
+        return
+    axes.axvline(border, color=_GREY, linewidth=1, zorder=1)
+    if not label:
+        return
+    early = border <= 0.5 * axes.get_xlim()[1]
+    height = early_height if early else 0.97
+    axes.annotate(
+        "end of unrolled pre-training",
+        (border, height),
+        (5 if early else -5, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="left" if early else "right",
+        va="top" if height > 0.5 else "bottom",
+        fontsize=9,
+        color=_GREY,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
+
+
+def _shade_failures(axes: Axes, *series: Points) -> bool:
+    """Shade the steps where a value is not finite, between their neighbours; return if any was."""
+    sums: dict[float, float] = {}  # NaN if one of them is
+    for step, value in (point for points in series for point in points):
+        sums[step] = sums.get(step, 0.0) + value
+    points = sorted(sums.items())
+    previous = None
+    for i, (step, value) in enumerate(points):
+        failed = not math.isfinite(value)
+        if failed and previous is None:
+            previous = points[max(i - 1, 0)][0]
+        if previous is not None and (not failed or i == len(points) - 1):
+            # the edge keeps a single step visible in a long run
+            axes.axvspan(previous, step, facecolor=_FAILED, edgecolor=_FAILED, alpha=0.3, zorder=0)
+            previous = None
+    return any(not math.isfinite(value) for value in sums.values())
+
+
+def _label_ends(axes: Axes, ends: list[_End], last: float) -> None:
+    """Name curves right of their ends, moved up or down where the names would touch."""
+    bottom, top = axes.get_ylim()
+    places: list[tuple[float, tuple[float, float], _End]] = []
+    for end in ends:
+        finite = [p for p in end.points if math.isfinite(p[1])]
+        if finite:
+            x, y = finite[-1][0], min(max(finite[-1][1], bottom), top)
+            pixel = axes.transData.transform((x, y))
+            places.append((float(axes.transAxes.inverted().transform(pixel)[1]), (x, y), end))
+    places.sort(key=lambda place: place[0])
+    line_height = 12.5 / 72 / (axes.get_position().height * _INCHES[1])
+    heights = _spread([height for height, _, _ in places], line_height)
+    column = (1 + 0.1 * _LABEL_ROOM) * last / axes.get_xlim()[1]
+    for height, (_, point, end) in zip(heights, places, strict=True):
+        # a long leader, from a curve that ended early, would look like data
+        leader = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.6, "shrinkB": 0}
+        axes.annotate(
+            end.text,
+            point,
+            (column, height),
+            xycoords="data",
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9,
+            color=end.colour,
+            annotation_clip=False,
+            arrowprops=leader if point[0] > 0.97 * last else None,
+        )
+
+
+def _spread(heights: list[float], gap: float) -> list[float]:
+    """Move ascending heights apart to at least about `gap`, staying inside [0, 1]."""
+    spread = list(heights)
+    for _ in range(100):
+        for i in range(1, len(spread)):
+            push = max(0.0, gap - (spread[i] - spread[i - 1])) / 2
+            spread[i - 1] -= push
+            spread[i] += push
+        spread = [min(max(height, gap / 2), 1 - gap / 2) for height in spread]
+    return spread
+
+
+def _write(
+    axes: Axes, text: str, point: tuple[float, float], colour: str, shift: tuple[float, float],
+    **style: Any,
+) -> None:  # fmt: skip
+    """Write beside a point, readable on top of lines."""
+    from matplotlib.patheffects import withStroke
+
+    axes.annotate(
+        text,
+        point,
+        shift,
+        textcoords="offset points",
+        fontsize=9,
+        color=colour,
+        path_effects=[withStroke(linewidth=3, foreground="white")],
+        **style,
+    )
+
+
+def _whole_numbers(axes: Axes, axis: str = "y") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    which = axes.xaxis if axis == "x" else axes.yaxis
+    which.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+
+
+def _log_scale(axes: Axes, values: list[float]) -> None:
+    """Logarithmic y axis with whole decades around the values, and room for names below them."""
+    from matplotlib.ticker import NullFormatter
+
+    # an exact 0 leaves at the bottom
+    axes.set_yscale("log", nonpositive="clip")
+    positive = [value for value in values if value > 0] or [1.0]
+    low = math.floor(math.log10(min(positive) / 2.5))
+    high = math.ceil(math.log10(max(positive)))
+    axes.set_ylim(10.0**low, 1.4 * 10.0**high)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _loss_limits(
+    smooth: list[float], valid: list[float], references: list[float]
+) -> tuple[float, float]:
+    """Range of the losses without the steep first descent, which would flatten all the rest."""
+    ordered = sorted(smooth + valid)
+    top = ordered[min(int(0.97 * len(ordered)), len(ordered) - 1)]
+    bottom = min(ordered[0], *references) if references else ordered[0]
+    top = max([top, *(loss for loss in references if loss <= ordered[-1])])
+    margin = 0.07 * (top - bottom) or 0.1 * abs(top) or 0.1
+    return bottom - margin, top + margin
 
 
 def _to_bits(nats: Any) -> Any:
@@ -169,81 +463,101 @@ def _to_nats(bits: Any) -> Any:
     return bits * math.log(2.0)
 
 
-def _mark_pretraining(axes: Axes, records: list[Record], label: bool = True) -> None:
-    """Vertical line where unrolled pre-training ended, if both phases are there."""
-    train = [r for r in records if r.get("kind") == "train"]
-    unrolled = [r["step"] for r in train if r.get("phase") == "unrolled"]
-    if not unrolled or len(unrolled) == len(train):
-        return
-    border = max(unrolled)
-    axes.axvline(border, color=_GREY, linewidth=1)
-    if label:
-        axes.annotate(
-            "unrolled | equilibrium",
-            (border, 0.98),
-            xycoords=("data", "axes fraction"),
-            ha="center",
-            va="top",
-            fontsize=8,
-            color=_GREY,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-        )
+# --- Numbers -------------------------------------------------------------------------------------
 
 
-def _beside(axes: Axes, y: float, text: str) -> None:
-    """Write at the right edge of the axes, at the height of a line."""
-    axes.annotate(
-        text, (1.0, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=_GREY
-    )
+def _of_kind(records: list[Record], kind: str) -> list[Record]:
+    return [r for r in records if r.get("kind") == kind and isinstance(r.get("step"), int)]
 
 
-def _series(records: list[Record], kind: str, key: str) -> list[tuple[float, float]]:
-    """Finite values of a key over steps."""
-    return [
-        (r["step"], r[key])
-        for r in records
-        if r.get("kind") == kind
-        and isinstance(r.get(key), int | float)
-        and math.isfinite(r[key])
-        and "step" in r
-    ]
+def _number(value: Any) -> float | None:
+    """The value if it is a number; NaN if it is one that is not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else math.nan
 
 
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _series(records: list[Record], kind: str, key: str) -> Points:
+    """Values of a key over steps; a step that was written twice counts with its last value."""
+    values = {r["step"]: _number(r.get(key)) for r in _of_kind(records, kind)}
+    return [(float(step), value) for step, value in sorted(values.items()) if value is not None]
+
+
+def _trace_points(sample: Sequence[Any]) -> Points:
+    """Residuals of one sample over solver steps, without the nulls after it finished."""
+    values = [_number(value) for value in sample]
+    return [(float(i), value) for i, value in enumerate(values) if value is not None]
+
+
+def _finite(points: Points) -> list[float]:
+    return [value for _, value in points if math.isfinite(value)]
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Mean over a centred window of about a twentieth of the run."""
-    reach = len(points) // 40
-    return [
-        (x, statistics.fmean(y for _, y in points[max(i - reach, 0) : i + reach + 1]))
-        for i, (x, _) in enumerate(points)
-    ]
+def _border(records: list[Record]) -> float | None:
+    """Last unrolled step, if equilibrium steps follow."""
+    train = _of_kind(records, "train")
+    unrolled = [r["step"] for r in train if r.get("phase") == "unrolled"]
+    return max(unrolled) if 0 < len(unrolled) < len(train) else None
 
 
-def _upper_limit(losses: list[float]) -> float:
-    """Cut off the steep first descent, which would flatten everything that matters."""
-    ordered = sorted(losses)
-    return ordered[min(int(0.97 * len(ordered)), len(ordered) - 1)] * 1.05
+def _parts(points: Points, border: float | None) -> list[Points]:
+    """Points up to the border and after it: the two phases are no one curve."""
+    if border is None:
+        return [points]
+    return [[p for p in points if p[0] <= border], [p for p in points if p[0] > border]]
 
 
-def _median(samples: list[list[float | None]]) -> list[tuple[float, float]]:
-    """Median over all samples by step; a finished sample counts with its last residual."""
-    points: list[tuple[float, float]] = []
-    last: list[float] = []
-    for step in range(max((len(sample) for sample in samples), default=0)):
-        reached = [s[step] if step < len(s) else None for s in samples]
-        last = [
-            value or (last[i] if i < len(last) else math.nan) for i, value in enumerate(reached)
-        ]
-        points.append((step, statistics.median(last)))
+def _reach(points: Points) -> int:
+    """Half the window of the running mean: both halves are a twentieth of the run."""
+    return len(points) // 40
+
+
+def _smooth(points: Points, reach: int) -> Points:
+    """Mean over up to `reach` finite neighbours on each side; NaN stays NaN.
+
+    At the start the window looks less far ahead, which would hide the first descent.
+    """
+    sums = list(accumulate((y if math.isfinite(y) else 0.0 for _, y in points), initial=0.0))
+    counts = list(accumulate((int(math.isfinite(y)) for _, y in points), initial=0))
+    means: Points = []
+    for i, (x, y) in enumerate(points):
+        ahead = max(min(reach, i), reach // 4)
+        low, high = max(i - reach, 0), min(i + ahead + 1, len(points))
+        total, count = sums[high] - sums[low], counts[high] - counts[low]
+        means.append((x, y if reach == 0 or not math.isfinite(y) else total / count))
+    return means
+
+
+def _median(samples: list[Points]) -> Points:
+    """Median by step until half the samples have finished; those count with their last residual.
+
+    Past that point it would be flat whatever the others do, and look like stagnation. A sample
+    that is not finite counts as the worst.
+    """
+    points: Points = []
+    lengths = [len(sample) for sample in samples]
+    for step in range(max(lengths)):
+        reached = [s[min(step, len(s) - 1)][1] for s in samples if s]
+        middle = statistics.median(v if math.isfinite(v) else math.inf for v in reached)
+        points.append((step, middle if math.isfinite(middle) else math.nan))
+        if 2 * sum(length > step + 1 for length in lengths) < len(samples):
+            break
     return points
 
 
 def _save(figure: Figure, path: Path) -> None:
     """Replace a picture in one step."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make the run folder writable or copy it"
+        ) from error
     try:
         with os.fdopen(handle, "wb") as file:
             figure.savefig(file, format="png")

@@ -49,5 +49,5 @@ def recipe() -> Experiment:
             eval_streams=8,
         ),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, clip_norm=0.5),
-        train=TrainConfig(num_steps=900, log_every=10, eval_every=150, checkpoint_every=300),
+        train=TrainConfig(num_steps=800, log_every=10, eval_every=200, checkpoint_every=400),
     )
