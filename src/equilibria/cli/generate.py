@@ -17,8 +17,8 @@ from equilibria.tasks.generation import SamplingConfig, generate
 class GenerateOptions(SamplingConfig):
     """What to continue, and how tokens are drawn."""
 
-    prompt: str = "The "
-    """Text to continue."""
+    prompt: str | None = None
+    """Text to continue; None: the beginning of the validation text."""
     mem_len: int | None = None
     """Positions of context; None: a segment and its memory, as in training."""
     checkpoint: str = "best"
@@ -33,12 +33,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     run, experiment = open_run(Path(path))
     task, corpus, _ = load_task(run, experiment, options.checkpoint)
+    prompt = options.prompt
+    if prompt is None:
+        prompt = corpus.vocabulary.decode(corpus.valid[: experiment.task.segment_length])
     context = experiment.task.segment_length + experiment.task.memory_length_in_evaluation
     new = generate(
         task.language_model,
-        corpus.vocabulary.encode(options.prompt),
+        corpus.vocabulary.encode(prompt),
         context if options.mem_len is None else options.mem_len,
         options,
     )
-    sys.stdout.write(options.prompt + corpus.vocabulary.decode(new) + "\n")
+    sys.stdout.write(prompt + corpus.vocabulary.decode(new) + "\n")
     return 0

@@ -16,8 +16,11 @@ class UserError(ValueError):
 def nearest(given: str, valid: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest valid name, or an empty string.
 
-    Hyphens, underscores and case are ignored in the comparison, since people mix them.
+    Hyphens, underscores and case are ignored in the comparison, since people mix them; the
+    beginning of a name counts as close, however short.
     """
     plain = {name.lower().replace("-", "_"): name for name in valid}
-    match = difflib.get_close_matches(given.lower().replace("-", "_"), plain, n=1, cutoff=0.5)
+    word = given.lower().replace("-", "_")
+    match = difflib.get_close_matches(word, plain, n=1, cutoff=0.5)
+    match = match or [name for name in sorted(plain) if word and name.startswith(word)]
     return f"; did you mean {plain[match[0]]!r}?" if match else ""

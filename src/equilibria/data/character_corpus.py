@@ -88,6 +88,9 @@ class CharacterCorpusConfig:
     test_fraction: float = 0.05
 
     def __post_init__(self) -> None:
+        if self.path is not None:
+            # absolute, so that a saved run finds its text from any working directory
+            object.__setattr__(self, "path", self.path.expanduser().absolute())
         _check_fraction("valid_fraction", self.valid_fraction)
         _check_fraction("test_fraction", self.test_fraction)
         if self.valid_fraction + self.test_fraction >= 1:
