@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from equilibria import registry
-from equilibria.core.errors import UserError
+from equilibria.core.errors import UserError, nearest
 
 Config = TypeVar("Config")
 
@@ -37,7 +37,7 @@ def parse(default: Config, arguments: Sequence[str], prog: str, description: str
 
 
 def _registry() -> ConstructorRegistry:
-    """Teach tyro to read plug-ins from text such as "anderson(history_size=8)"."""
+    """Teach tyro to read plug-ins such as "anderson(history_size=8)", and to name near choices."""
     rules = ConstructorRegistry()
 
     @rules.primitive_rule
@@ -58,6 +58,27 @@ def _registry() -> ConstructorRegistry:
             instance_from_str=read,
             is_instance=lambda value: isinstance(value, kind) or (optional and value is None),
             str_from_instance=lambda value: ["None" if value is None else registry.describe(value)],
+        )
+
+    @rules.primitive_rule
+    def choice_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:  # pyright: ignore[reportUnusedFunction]
+        choices = get_args(info.type)
+        if get_origin(info.type) is not Literal or not all(isinstance(c, str) for c in choices):
+            return None
+
+        def read(words: list[str]) -> str:
+            if words[0] not in choices:
+                raise ValueError(
+                    f"{words[0]!r} is not one of {', '.join(choices)}{nearest(words[0], choices)}"
+                )
+            return words[0]
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{" + ",".join(choices) + "}",
+            instance_from_str=read,
+            is_instance=lambda value: value in choices,
+            str_from_instance=lambda value: [value],
         )
 
     return rules
