@@ -54,9 +54,9 @@ def plot_run(folder: Path, baselines: Mapping[str, float] | None = None) -> list
     """
     records = read_metrics(folder)
     figures = {
-        "loss.png": _draw_loss(records, baselines or {}),
-        "solver.png": _draw_solver(records),
-        "convergence.png": _draw_convergence(records),
+        "loss.png": draw_loss(records, baselines),
+        "solver.png": draw_solver(records),
+        "convergence.png": draw_convergence(records),
     }
     target = folder / "plots"
     drawn: list[Path] = []
@@ -92,7 +92,13 @@ def read_metrics(folder: Path) -> list[Record]:
     return records
 
 
-def _draw_loss(records: list[Record], baselines: Mapping[str, float]) -> Figure | None:
+def draw_loss(records: list[Record], baselines: Mapping[str, float] | None = None) -> Figure | None:
+    """Training and validation loss over the steps; None without a finite training loss.
+
+    Args:
+        records: as from `read_metrics`.
+        baselines: see `plot_run`.
+    """
     train, valid = _series(records, "train", "loss"), _series(records, "valid", "loss")
     if not _finite(train):
         return None
@@ -104,10 +110,10 @@ def _draw_loss(records: list[Record], baselines: Mapping[str, float]) -> Figure 
 
     references = {
         _BASELINE_NAMES.get(name, name): _to_nats(bits)
-        for name, bits in baselines.items()
+        for name, bits in (baselines or {}).items()
         if math.isfinite(bits)
     }
-    bottom, top = _loss_limits(_finite(smooth), _finite(valid), list(references.values()))
+    bottom, top = _loss_limits(_finite(train) + _finite(valid), list(references.values()))
     axes.set_ylim(bottom, top)
     ends = [_End("train, smoothed" if _reach(train) else "train", smooth, _FORWARD)]
     ends += [_End("validation", valid, _BACKWARD)]
@@ -136,7 +142,8 @@ def _draw_loss(records: list[Record], baselines: Mapping[str, float]) -> Figure 
     return figure
 
 
-def _draw_solver(records: list[Record]) -> Figure | None:
+def draw_solver(records: list[Record]) -> Figure | None:
+    """Evaluations and residuals of both solves over the steps; None if none was recorded."""
     series = {
         key: _series(records, "train", key)
         for key in (
@@ -164,12 +171,12 @@ def _draw_solver(records: list[Record]) -> Figure | None:
         values = [value for points in sides.values() for value in _finite(points)]
         failed |= _shade_failures(axes, *sides.values())
         if name == "num_evals":
-            axes.set_ylim(0, 1.12 * max([*values, 1.0]))
+            axes.set_ylim(0, 1.18 * max([*values, 1.0]))  # room for a name at the top
         else:
             _log_scale(axes, values)
         _label_ends(axes, ends, last)
     upper, lower = panels
-    _mark_border(upper, records, early_height=0.04)  # equilibria cost more, so low is free
+    _mark_border(upper, records)
     _mark_border(lower, records, label=False)
     _whole_numbers(upper)
     upper.set_xlabel("")
@@ -187,35 +194,36 @@ def _draw_solver(records: list[Record]) -> Figure | None:
     return figure
 
 
-def _draw_convergence(records: list[Record]) -> Figure | None:
+def draw_convergence(records: list[Record]) -> Figure | None:
+    """Residual by solver step in the last trace; None if there is none or it is empty."""
     traces = _of_kind(records, "trace")
-    sides = {
-        side: [_trace_points(sample) for sample in (traces[-1].get(side) or [])] if traces else []
-        for side in ("forward", "backward")
-    }
+    if not traces:
+        return None
+    trace = traces[-1]
+    sides = {side: _samples(trace.get(side)) for side in ("forward", "backward")}
+    tolerances = {side: _number(trace.get(f"{side}_tolerance")) for side in sides}
+    tolerances = {side: t if t and math.isfinite(t) else None for side, t in tolerances.items()}
     values = [v for samples in sides.values() for points in samples for v in _finite(points)]
     if not values:
         return None
-    trace = traces[-1]
-    tolerances = {side: _number(trace.get(f"{side}_tolerance")) for side in sides}
-    tolerances = {side: t if t and math.isfinite(t) else None for side, t in tolerances.items()}
+    lengths = [max(map(len, samples)) for samples in sides.values() if samples]
+    alike = max(lengths) <= 4 * min(lengths)  # else the shorter solve would be squeezed
     figure = _figure(f"Residual of each solve, step by step, at training step {trace['step']:,}")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    _log_scale(panels[0], [*values, *(t for t in tolerances.values() if t)])
-    longest = max(len(points) for samples in sides.values() for points in samples)
-    panels[0].set_xlim(-0.02 * longest, 1.04 * max(longest - 1, 1))
-    _whole_numbers(panels[0], "x")
-    panels[0].set_ylabel("relative residual")
     figure.subplots_adjust(top=0.82)
+    panels = figure.subplots(1, 2, sharey=True)
+    _log_scale(panels[0], [*values, *(t for t in tolerances.values() if t)])
+    panels[0].set_ylabel("relative residual")
     for axes, side, colour in zip(panels, sides, (_FORWARD, _BACKWARD), strict=True):
+        samples, tolerance = sides[side], tolerances[side]
+        longest = max(map(len, samples)) if samples and not alike else max(lengths)
+        axes.set_xlim(-0.02 * longest, 1.04 * max(longest - 1, 1))
+        _whole_numbers(axes, "x")
         axes.set_xlabel("solver step")
-        axes.set_title(
-            _describe(side, sides[side], tolerances[side]),
-            loc="left", fontsize=9.5, color=colour,
-        )  # fmt: skip
-        if sides[side]:
-            end = _draw_samples(axes, sides[side], colour)
-            _draw_tolerance(axes, tolerances[side], left=end > 0.5 * longest)
+        title = _describe(side, samples, tolerance)
+        axes.set_title(title, loc="left", fontsize=9.5, color=colour)
+        if samples:
+            end = _draw_samples(axes, samples, colour)
+            _draw_tolerance(axes, tolerance, left=end > 0.5 * longest)
     _subtitle(figure, ["thin: one sample, dot: where it ended", "bold: median over samples"])
     return figure
 
@@ -232,7 +240,8 @@ def _draw_samples(axes: Axes, samples: list[Points], colour: str) -> float:
     ended = [p for p in median if math.isfinite(p[1])][-1:]
     axes.plot(*_columns(ended), color=colour, marker="o", markersize=5)
     for point in ended:
-        ha = "right" if point[0] > 0.85 * axes.get_xlim()[1] else "center"
+        place = point[0] / axes.get_xlim()[1]
+        ha = "right" if place > 0.85 else "left" if place < 0.15 else "center"
         _write(axes, "median", point, colour, (0, -7), ha=ha, va="top", weight="bold")
     return ended[0][0] if ended else 0.0
 
@@ -251,7 +260,7 @@ def _describe(side: str, samples: list[Points], tolerance: float | None) -> str:
     if not samples:
         return f"{side.capitalize()}: no solve recorded"
     if not tolerance:
-        return f"{side.capitalize()}: {len(samples)} samples"
+        return f"{side.capitalize()}: {len(samples)} sample{'s' if len(samples) > 1 else ''}"
     reached = sum(min(_finite(points), default=math.inf) <= tolerance for points in samples)
     return f"{side.capitalize()}: {reached} of {len(samples)} reach the tolerance"
 
@@ -313,34 +322,26 @@ def _curve(axes: Axes, points: Points, border: float | None, colour: str) -> Poi
     return means
 
 
-def _mark_border(
-    axes: Axes, records: list[Record], early_height: float = 0.97, label: bool = True
-) -> None:
-    """Vertical line where unrolled pre-training ended, named at its roomier side.
-
-    An early border is named on its right, at `early_height` of the axes; a late one on its left,
-    at the top.
-    """
+def _mark_border(axes: Axes, records: list[Record], label: bool = True) -> None:
+    """Vertical line where unrolled pre-training ended, named at its roomier side."""
     border = _border(records)
     if border is None:
         return
     axes.axvline(border, color=_GREY, linewidth=1, zorder=1)
-    if not label:
-        return
-    early = border <= 0.5 * axes.get_xlim()[1]
-    height = early_height if early else 0.97
-    axes.annotate(
-        "end of unrolled pre-training",
-        (border, height),
-        (5 if early else -5, 0),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="left" if early else "right",
-        va="top" if height > 0.5 else "bottom",
-        fontsize=9,
-        color=_GREY,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-    )
+    if label:
+        early = border <= 0.5 * axes.get_xlim()[1]
+        axes.annotate(
+            "end of unrolled pre-training",
+            (border, 0.97),
+            (5 if early else -5, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="left" if early else "right",
+            va="top",
+            fontsize=9,
+            color=_GREY,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
 
 
 def _shade_failures(axes: Axes, *series: Points) -> bool:
@@ -443,16 +444,14 @@ def _log_scale(axes: Axes, values: list[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _loss_limits(
-    smooth: list[float], valid: list[float], references: list[float]
-) -> tuple[float, float]:
-    """Range of the losses without the steep first descent, which would flatten all the rest."""
-    ordered = sorted(smooth + valid)
+def _loss_limits(losses: list[float], references: list[float]) -> tuple[float, float]:
+    """Range of the losses without the highest 3 %: the first descent, or a spike, flattens all."""
+    ordered = sorted(losses)
     top = ordered[min(int(0.97 * len(ordered)), len(ordered) - 1)]
-    bottom = min(ordered[0], *references) if references else ordered[0]
     top = max([top, *(loss for loss in references if loss <= ordered[-1])])
+    bottom = min([ordered[0], *references])
     margin = 0.07 * (top - bottom) or 0.1 * abs(top) or 0.1
-    return bottom - margin, top + margin
+    return bottom - margin, top + 1.8 * margin  # above: the name of the border
 
 
 def _to_bits(nats: Any) -> Any:
@@ -483,10 +482,11 @@ def _series(records: list[Record], kind: str, key: str) -> Points:
     return [(float(step), value) for step, value in sorted(values.items()) if value is not None]
 
 
-def _trace_points(sample: Sequence[Any]) -> Points:
-    """Residuals of one sample over solver steps, without the nulls after it finished."""
-    values = [_number(value) for value in sample]
-    return [(float(i), value) for i, value in enumerate(values) if value is not None]
+def _samples(rows: Sequence[Sequence[Any]] | None) -> list[Points]:
+    """Residuals over solver steps by sample, without the nulls after a sample finished."""
+    numbers = [[(float(i), _number(value)) for i, value in enumerate(row)] for row in rows or []]
+    samples = [[(i, value) for i, value in row if value is not None] for row in numbers]
+    return [sample for sample in samples if sample]
 
 
 def _finite(points: Points) -> list[float]:
@@ -541,7 +541,7 @@ def _median(samples: list[Points]) -> Points:
     points: Points = []
     lengths = [len(sample) for sample in samples]
     for step in range(max(lengths)):
-        reached = [s[min(step, len(s) - 1)][1] for s in samples if s]
+        reached = [s[min(step, len(s) - 1)][1] for s in samples]
         middle = statistics.median(v if math.isfinite(v) else math.inf for v in reached)
         points.append((step, middle if math.isfinite(middle) else math.nan))
         if 2 * sum(length > step + 1 for length in lengths) < len(samples):
