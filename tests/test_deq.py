@@ -137,7 +137,9 @@ def test_trains(make_deq, x):
     assert losses[-1] < 0.3 * losses[0]
 
 
-@pytest.mark.parametrize("cell", [nn.Linear(3, 3), torch.cos, None], ids=lambda cell: type(cell).__name__)
+@pytest.mark.parametrize(
+    "cell", [nn.Linear(3, 3), torch.cos, None], ids=lambda cell: type(cell).__name__
+)
 def test_something_else_than_a_cell(cell):
     with pytest.raises(UserError, match=r"as its cell; subclass equilibria.Cell .*solve\(f, z0\)"):
         DEQ(cell)

@@ -22,7 +22,8 @@ class FixedPoint(LinearSolver):
     """Solve u = a(u) + b by running a fixed-point solver on the map u -> a(u) + b.
 
     Starts from u = b, the one-step gradient, unless given a guess, and keeps the best iterate of
-    each sample. Anderson on this affine map is closely related to GMRES, Picard is the Neumann series.
+    each sample. Anderson on this affine map is closely related to GMRES, Picard is the Neumann
+    series.
 
     Args:
         solver: any fixed-point solver.
