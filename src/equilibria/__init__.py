@@ -22,9 +22,15 @@ from equilibria.linear.gmres import GMRES
 from equilibria.linear.neumann import Neumann
 from equilibria.solvers.anderson import Anderson
 from equilibria.solvers.broyden import Broyden
+from equilibria.solvers.fallback import Fallback
+from equilibria.solvers.newton_krylov import NewtonKrylov
 from equilibria.solvers.picard import Picard
+from equilibria.solvers.reversible import Reversible
+from equilibria.terminations.any_of import AnyOf
+from equilibria.terminations.divergence import Divergence
 from equilibria.terminations.fixed_steps import FixedSteps
-from equilibria.terminations.residual import Residual
+from equilibria.terminations.residual import Residual, ToleranceSchedule
+from equilibria.terminations.stagnation import Stagnation
 
 __version__ = "0.1.0"
 
@@ -33,12 +39,15 @@ __all__ = [
     "GMRES",
     "Adjoint",
     "Anderson",
+    "AnyOf",
     "BackwardReport",
     "BiCGStab",
     "Broyden",
     "Cell",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Divergence",
+    "Fallback",
     "FixedPoint",
     "FixedSteps",
     "Implicit",
@@ -48,18 +57,22 @@ __all__ = [
     "Measurement",
     "Neumann",
     "NeumannSeries",
+    "NewtonKrylov",
     "OneStep",
     "Phantom",
     "Picard",
     "Residual",
+    "Reversible",
     "SecondDerivativeError",
     "Solution",
     "SolveSettings",
     "Solver",
+    "Stagnation",
     "State",
     "StateError",
     "Status",
     "Termination",
+    "ToleranceSchedule",
     "Unrolled",
     "UserError",
     "solve",

@@ -45,7 +45,7 @@ def test_the_residual_criterion_is_exact_at_its_boundary(rule, image, limit):
 def test_the_residual_criterion_is_per_sample():
     rule = Residual(rtol=0.1, atol=0.0)
     measurement = Measurement(torch.tensor([0.05, 0.2, 0.2]), torch.tensor([1.0, 1.0, 3.0]))
-    codes, _ = rule.check(measurement, 1, None)
+    codes, _ = rule.check(measurement, 1, rule.init(measurement))
     assert codes.tolist() == [Status.SUCCESS, RUNNING, Status.SUCCESS]
 
 

@@ -36,6 +36,10 @@ class Ring:
         """Age of every filled slot, 0 for the newest."""
         return [(self.newest - slot) % self.size for slot in range(len(self))]
 
+    def clear(self) -> None:
+        """Forget all vectors; their slots are written anew."""
+        self.num_pushed = 0
+
     def push_difference(self, new: Tensor, old: Tensor) -> Tensor:
         """Append `new - old` (B, D) and return it."""
         slot = self.num_pushed % self.size

@@ -112,15 +112,10 @@ def iterate(
 
         frozen = None if num_active == batch else (active.unsqueeze(-1), kept.z)
 
-        def evaluate(
-            z: Tensor,
-            frozen: tuple[Tensor, Tensor] | None = frozen,
-            last: bool = step + 1 == max_steps,
-        ) -> Iterate:
-            if frozen is not None:
-                z = torch.where(frozen[0], z, frozen[1])
-            return problem.evaluate(z, record=taping and not last)
-
+        # The image of the last point serves the report only; a solver with evaluations on the
+        # way to that point needs those recorded.
+        unrecorded = step + 1 == max_steps and solver.single_evaluation
+        evaluate = _Evaluator(problem, frozen, record=taping and not unrecorded)
         current, solver_state = solver.step(evaluate, current, solver_state)
         measured = problem.measure(current)
         if step + 1 in record:
@@ -138,6 +133,26 @@ def iterate(
     )
 
 
+@dataclass(frozen=True)
+class _Evaluator:
+    """What a solver sees of the problem during one step; implements `Evaluate`."""
+
+    problem: Problem
+    frozen: tuple[Tensor, Tensor] | None
+    record: bool
+
+    def __call__(self, z: Tensor) -> Iterate:
+        return self.problem.evaluate(self._hold(z), record=self.record)
+
+    def recorded(self, z: Tensor) -> Iterate:
+        with torch.enable_grad():
+            return self.problem.evaluate(self._hold(z))
+
+    def _hold(self, z: Tensor) -> Tensor:
+        """Finished samples stay where they are."""
+        return z if self.frozen is None else torch.where(self.frozen[0], z, self.frozen[1])
+
+
 def _stacked(measurements: list[Measurement]) -> Measurement:
     return Measurement(*(torch.stack(norms) for norms in zip(*measurements, strict=True)))
 
@@ -146,7 +161,9 @@ def _worth_keeping(new: Measurement, kept: Measurement, codes: Tensor, keep: Kee
     """Mask (B,) of the samples whose new iterate replaces the kept one."""
     if keep == "last":
         return torch.isfinite(new.residual)
-    return (new.residual < kept.residual) | (codes == Status.SUCCESS)
+    # a runaway point is not worth keeping, however small rounding makes its residual
+    better = (new.residual < kept.residual) & (codes != Status.DIVERGED)
+    return better | (codes == Status.SUCCESS)
 
 
 def check_limits(max_steps: int, keep: str) -> None:

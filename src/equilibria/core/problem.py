@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +16,24 @@ from equilibria.core.state import Layout, State
 Map = Callable[[Tensor], Tensor]
 """A function on packed states, (B, D) -> (B, D)."""
 
-Evaluate = Callable[[Tensor], Iterate]
-"""What a solver calls: a packed point in, that point with its image out.
 
-It returns an `Iterate` and not a bare image because the point may not be the one asked for: rows
-of finished samples stay where they are, and a low-precision state is rounded to what `f` sees.
-"""
+class Evaluate(Protocol):
+    """What a solver calls: a packed point in, that point with its image out.
+
+    It returns an `Iterate` and not a bare image because the point may not be the one asked for:
+    rows of finished samples stay where they are, and a low-precision state is rounded to what `f`
+    sees.
+    """
+
+    def __call__(self, z: Tensor) -> Iterate: ...
+
+    def recorded(self, z: Tensor) -> Iterate:
+        """Evaluate with gradients recorded, whatever the grad mode.
+
+        For products with the Jacobian by backward passes: one call of f, counted as such; the
+        products themselves do not call f.
+        """
+        ...
 
 
 class Problem:

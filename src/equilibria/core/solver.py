@@ -17,6 +17,11 @@ class Solver(ABC):
     freezing of finished samples belong to the loop, not here.
     """
 
+    @property
+    def single_evaluation(self) -> bool:
+        """Whether a step is `evaluate(propose(iterate, state))` and nothing else."""
+        return False
+
     @abstractmethod
     def init(self, iterate: Iterate, max_steps: int) -> Any:
         """Make the memory for one solve of at most `max_steps` steps."""

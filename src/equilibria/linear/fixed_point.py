@@ -36,8 +36,8 @@ class FixedPoint(LinearSolver):
         a: Callable[[Tensor], Tensor],
         b: Tensor,
         *,
-        rtol: float,
-        atol: float,
+        rtol: float | Tensor,
+        atol: float | Tensor,
         max_steps: int,
         guess: Tensor | None = None,
         trace: bool = False,
@@ -69,8 +69,8 @@ class _RelativeTo(Termination):
     """Accept when rms(residual) <= atol + rtol * reference, a fixed norm (B,) per sample."""
 
     reference: Tensor
-    rtol: float
-    atol: float
+    rtol: float | Tensor
+    atol: float | Tensor
 
     def init(self, measurement: Measurement) -> None:
         """Nothing to remember."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from equilibria.core.iterate import Iterate
 from equilibria.core.parameters import check_relaxation
 from equilibria.core.problem import Evaluate
@@ -35,11 +37,20 @@ class Picard(Solver):
     def __post_init__(self) -> None:
         check_relaxation(self.relaxation)
 
+    @property
+    def single_evaluation(self) -> bool:
+        """Whether a step is `evaluate(propose(...))` and nothing else."""
+        return True
+
     def init(self, iterate: Iterate, max_steps: int) -> None:
         """Nothing to remember."""
 
     def step(self, evaluate: Evaluate, iterate: Iterate, state: None) -> tuple[Iterate, None]:
         """Move by `relaxation` of the way to the image."""
+        return evaluate(self.propose(iterate, state)[0]), None
+
+    def propose(self, iterate: Iterate, state: None) -> tuple[Tensor, None]:
+        """The next point, not yet evaluated."""
         if self.relaxation == 1.0:
-            return evaluate(iterate.fz), None
-        return evaluate(iterate.z.lerp(iterate.fz, self.relaxation)), None
+            return iterate.fz, None
+        return iterate.z.lerp(iterate.fz, self.relaxation), None

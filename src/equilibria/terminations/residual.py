@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from equilibria.core.errors import UserError
+from equilibria.core.errors import UserError, nearest
 from equilibria.core.iterate import Measurement
-from equilibria.core.parameters import check_not_negative
+from equilibria.core.parameters import check_not_negative, check_positive_integer
 from equilibria.core.status import RUNNING, Status
 from equilibria.core.termination import Termination
 
@@ -23,17 +24,36 @@ class Residual(Termination):
     The default is relative because the scale of a hidden state means nothing: rescaling it must
     not change when a solve stops. `atol` is there for fixed points at zero.
 
+    A relative residual has one trap: it also becomes small when the state runs away. At
+    z = 1e16 the map f(z) = z + 1 has residual 0 in float64, and a quasi-Newton step on a singular
+    problem lands just there. So the size of the image is compared with the size that the problem
+    has shown, s = max(rms(f(z0)), largest residual so far), and beyond `max_growth` times s
+
+    - the tolerance shrinks, atol + rtol * rms(f(z)) * (max_growth * s / rms(f(z)))^2,
+    - it has to be one that the dtype resolves at that size, eps * rms(f(z)) <= tolerance, and
+    - a sample is DIVERGED once rounding exceeds all that was seen, eps * rms(f(z)) > s.
+
+    Problems whose solution is less than `max_growth` times their first image never notice. On
+    random singular linear problems, which have no solution, the formula alone accepts 95 % of the
+    runs of Anderson and Broyden. With the guard 3 to 5 % remain, most of them inconsistent by a
+    few per cent only.
+
     Args:
         rtol: relative tolerance. 1e-4 is what float32 resolves comfortably and leaves gradients
             about as accurate as the state.
         atol: tolerance per component (root mean square), whatever the size of the state.
+        max_growth: how far the image may outgrow the problem before the guard acts; under a loose
+            rtol less, max(0.1 / rtol, 2), so that what is accepted is a reduction. 100 is what a
+            contraction factor of 0.99 needs; beyond, up to what the dtype resolves, more steps
+            are asked for. None takes the formula literally.
 
     Raises:
-        UserError: a negative tolerance, or both zero.
+        UserError: a negative tolerance, both zero, max_growth below 1.
     """
 
     rtol: float = 1e-4
     atol: float = 1e-6
+    max_growth: float | None = 100.0
 
     def __post_init__(self) -> None:
         check_not_negative("rtol", self.rtol)
@@ -43,11 +63,95 @@ class Residual(Termination):
                 "rtol and atol are both 0, which no solve can reach; give one of them, or use "
                 "FixedSteps to make a given number of steps"
             )
+        if self.max_growth is not None:
+            check_not_negative("max_growth", self.max_growth)
+            if self.max_growth < 1.0:
+                raise UserError(
+                    f"max_growth={self.max_growth} is below 1, so that no image could be accepted; "
+                    "give at least 1, or None to switch the guard off"
+                )
 
-    def init(self, measurement: Measurement) -> None:
-        """Nothing to remember."""
+    def init(self, measurement: Measurement) -> Tensor:
+        """Remember the size (B,) that the problem shows at its start."""
+        return torch.maximum(measurement.residual, measurement.image)
 
-    def check(self, measurement: Measurement, step: int, state: None) -> tuple[Tensor, None]:
-        """SUCCESS where the criterion holds."""
-        accepted = measurement.residual <= self.atol + self.rtol * measurement.image
-        return torch.where(accepted, Status.SUCCESS, RUNNING).to(torch.int8), None
+    def check(self, measurement: Measurement, step: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        """SUCCESS where the criterion holds, DIVERGED where nothing can be judged any more."""
+        residual, image = measurement
+        if self.max_growth is None:
+            accepted = residual <= self.atol + self.rtol * image
+            return torch.where(accepted, Status.SUCCESS, RUNNING).to(torch.int8), state
+        eps = torch.finfo(image.dtype).eps
+        loose = max(0.1 / self.rtol, 2.0) if self.rtol > 0 else self.max_growth
+        credible = min(self.max_growth, loose) * state
+        grown = image > credible
+        # Written as ratios, so that no square of a large norm overflows.
+        shrink = torch.where(grown, credible / image.clamp_min(torch.finfo(image.dtype).tiny), 1.0)
+        tolerance = self.atol + self.rtol * image * shrink * shrink
+        accepted = (residual <= tolerance) & (~grown | (eps * image <= tolerance))
+        codes = torch.where(accepted, Status.SUCCESS, RUNNING)
+        codes = torch.where(grown & (eps * image > state), Status.DIVERGED, codes)
+        # A residual seen from far away says nothing about the size of the problem.
+        state = torch.where(grown, state, torch.fmax(state, residual))
+        return codes.to(torch.int8), state
+
+
+@dataclass(frozen=True)
+class ToleranceSchedule:
+    """A relative tolerance that tightens (or loosens) over training.
+
+        log:     rtol(t) = start_rtol ^ (1 - t) * end_rtol ^ t
+        linear:  rtol(t) = (1 - t) * start_rtol + t * end_rtol,    t = min(step / num_steps, 1)
+
+    Early gradients point in a rough direction anyway, so a loose solve saves evaluations where
+    they buy least. A pure function of the training step: nothing to save in a checkpoint.
+
+    Args:
+        start_rtol: tolerance at training step 0.
+        end_rtol: tolerance from step `num_steps` on.
+        num_steps: training steps from one to the other.
+        shape: "log" (default: the work of a solve goes with the logarithm of its tolerance) or
+            "linear", which stays loose for longer.
+        atol: absolute tolerance throughout.
+
+    Raises:
+        UserError: a tolerance that is not positive, num_steps below 1, an unknown shape.
+
+    Example:
+        >>> schedule = ToleranceSchedule(1e-1, 1e-3, num_steps=1000)
+        >>> [round(schedule(step).rtol, 6) for step in (0, 500, 1000, 5000)]
+        [0.1, 0.01, 0.001, 0.001]
+    """
+
+    start_rtol: float
+    end_rtol: float
+    num_steps: int
+    shape: Literal["log", "linear"] = "log"
+    atol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("start_rtol", "end_rtol"):
+            value = getattr(self, name)
+            check_not_negative(name, value)
+            if value == 0.0:
+                raise UserError(f"{name} of a ToleranceSchedule is 0; give a positive tolerance")
+        check_positive_integer("num_steps", self.num_steps)
+        check_not_negative("atol", self.atol)
+        if self.shape not in ("log", "linear"):
+            raise UserError(
+                f"shape={self.shape!r} is not one of 'log', 'linear'"
+                f"{nearest(str(self.shape), ('log', 'linear'))}"
+            )
+
+    def __call__(self, step: int) -> Residual:
+        """The termination for a training step.
+
+        Raises:
+            UserError: a negative step.
+        """
+        if step < 0:
+            raise UserError(f"training step {step} is negative; count steps from 0")
+        t = min(step / self.num_steps, 1.0)
+        start, end = self.start_rtol, self.end_rtol
+        rtol = start ** (1 - t) * end**t if self.shape == "log" else (1 - t) * start + t * end
+        return Residual(rtol, self.atol)
