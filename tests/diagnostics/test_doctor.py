@@ -1,0 +1,315 @@
+"""A model for every cause that the doctor knows, and healthy ones with no finding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from equilibria import (
+    DEQ,
+    Anderson,
+    Broyden,
+    Cell,
+    FixedPoint,
+    FixedSteps,
+    Implicit,
+    OneStep,
+    Picard,
+    Residual,
+    UserError,
+)
+from equilibria.diagnostics.doctor import Severity, doctor, examine
+
+WIDTH = 6
+
+
+class Plain(Cell):
+    """tanh(W z + U x), |W| = gain; what the others vary."""
+
+    def __init__(self, gain: float = 0.7) -> None:
+        super().__init__()
+        self.recurrent, self.input = nn.Linear(WIDTH, WIDTH), nn.Linear(3, WIDTH)
+        with torch.no_grad():
+            self.recurrent.weight.mul_(gain / torch.linalg.matrix_norm(self.recurrent.weight, 2))
+
+    def inject(self, x: Tensor) -> Any:
+        return self.input(x)
+
+    def initial_state(self, injection: Tensor) -> Tensor:
+        return torch.zeros_like(injection)
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        return torch.tanh(self.recurrent(z) + injection)
+
+
+class WithPart(Plain):
+    """A module more, applied inside the map."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        return torch.tanh(self.part(self.recurrent(z)) + injection)
+
+
+class Other(Plain):
+    """Another map of the same parameters."""
+
+    def __init__(self, f: Callable[[Plain, Tensor, Tensor], Tensor], gain: float = 0.7) -> None:
+        super().__init__(gain)
+        self.f = f
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        return self.f(self, z, injection)
+
+
+class RunningMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.mean.lerp_(z.detach().mean(0), 0.1)
+        return z - 0.1 * self.mean
+
+
+def with_weight_norm() -> Cell:
+    cell = Plain()
+    parametrizations.weight_norm(cell.recurrent)
+    return cell
+
+
+def diverging_backward() -> DEQ:
+    """Expansive, so that the Neumann series cannot solve the backward system."""
+    cell = Other(lambda c, z, u: torch.tanh(-2.0 * z + 0.01 * c.recurrent(z)) + 0.1 * u)
+    return DEQ(cell, solver=Broyden(), adjoint=Implicit(FixedPoint(Picard())), max_steps=100)
+
+
+class NearlySingular(Plain):
+    """An eigenvalue of .9995 in a direction that the injection has no part in."""
+
+    def inject(self, x: Tensor) -> Tensor:
+        return self.input(x) * torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        slope = torch.tensor([0.9995, 0.0, 0.1, 0.2, 0.3, 0.4])
+        return slope * z + injection + 0.0 * self.recurrent(z)
+
+
+def rotation(cell: Plain, z: Tensor, injection: Tensor) -> Tensor:
+    """Turns by 90 degrees and stretches by 1.5: all eigenvalues are +-1.5 i."""
+    turned = torch.stack((-z[:, 1::2], z[:, ::2]), dim=2).flatten(1)
+    return 1.5 * torch.tanh(turned) + 0.01 * (cell.recurrent(z) + injection)
+
+
+BATCH_STATISTICS = "batch-statistics"
+SICK: dict[str, tuple[Callable[[], Cell | DEQ], set[str], set[str]]] = {
+    # name: (model, causes that have to be named, causes that may be named besides)
+    "batch norm": (
+        lambda: WithPart(nn.BatchNorm1d(WIDTH)),
+        {BATCH_STATISTICS},
+        {"spectral-radius-above-one", "forward-solve-fails", "no-gradient"},
+    ),
+    "dropout": (lambda: WithPart(nn.Dropout(0.5)), {"randomness-inside-the-map"}, set()),
+    "noise": (
+        lambda: Other(lambda c, z, u: torch.tanh(c.recurrent(z) + u + 0.1 * torch.randn_like(z))),
+        {"randomness-inside-the-map"},
+        set(),
+    ),
+    "weight norm": (with_weight_norm, {"weights-recomputed-per-evaluation"}, set()),
+    "spectral norm": (
+        lambda: WithPart(parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))),
+        {"weights-recomputed-per-evaluation"},
+        {"buffers-updated-inside-the-map"},  # while its power iteration still moves
+    ),
+    "running mean": (
+        lambda: WithPart(RunningMean()),
+        {"buffers-updated-inside-the-map"},
+        {"forward-solve-fails", "cross-sample-coupling"},  # it updates, then uses the update
+    ),
+    "mean over the batch": (
+        lambda: Other(lambda c, z, u: torch.tanh(c.recurrent(z - z.mean(0)) + u)),
+        {"cross-sample-coupling"},
+        set(),
+    ),
+    "unbounded": (
+        lambda: Other(lambda c, z, u: -1.5 * z + c.recurrent(z) + u),
+        {"unbounded-map", "spectral-radius-above-one"},
+        set(),
+    ),
+    "rotation": (
+        lambda: DEQ(Other(rotation), solver=Broyden()),
+        {"spectral-radius-above-one"},
+        {"unbounded-map"},
+    ),
+    "tolerance": (
+        lambda: DEQ(Plain(), termination=Residual(1e-9, 0.0), adjoint=Implicit(rtol=1e-9)),
+        {"tolerance-below-dtype"},
+        {"forward-solve-fails", "backward-solve-fails"},
+    ),
+    "too few steps": (
+        lambda: DEQ(Plain(), solver=Picard(), max_steps=2),
+        {"forward-solve-fails"},
+        set(),
+    ),
+    "no fixed point": (
+        lambda: Other(lambda c, z, u: z + 1.0 + 0.0 * c.recurrent(z)),
+        {"forward-solve-fails", "spectral-radius-above-one", "unbounded-map"},
+        {"backward-solve-fails", "no-gradient"},
+    ),
+    "division by zero": (
+        lambda: Other(lambda c, z, u: c.recurrent(z) / z.norm() + u),
+        {"non-finite"},
+        set(),
+    ),
+    "backward": (
+        diverging_backward,
+        {"backward-solve-fails", "spectral-radius-above-one"},
+        set(),
+    ),
+    "sensitive": (
+        NearlySingular,
+        {"sensitive-to-injection"},
+        {"backward-solve-fails"},
+    ),
+    "detached": (
+        lambda: Other(lambda c, z, u: torch.tanh(c.recurrent(z).detach() + u)),
+        {"no-gradient"},
+        set(),
+    ),
+    "root at zero": (
+        lambda: Other(lambda c, z, u: 0.3 * (c.recurrent(z) * 0.0).abs().sqrt() + 0.5 * z.tanh()),
+        {"non-finite-gradient"},
+        {"backward-solve-fails", "no-gradient"},
+    ),
+    "wrong shape": (
+        lambda: Other(lambda c, z, u: c.recurrent(z)[:, :3]),
+        {"form-of-state"},
+        set(),
+    ),
+}
+
+
+def as_deq(model: Cell | DEQ) -> DEQ:
+    return model if isinstance(model, DEQ) else DEQ(model)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, 3)
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_every_cause_is_named(name: str, x: Tensor) -> None:
+    make, wanted, allowed = SICK[name]
+    report = doctor(as_deq(make()), x)
+    found = set(report.causes)
+    assert wanted <= found, f"\n{report}"
+    assert found <= wanted | allowed, f"\n{report}"
+    assert not report.healthy
+    assert all(len(f.evidence) > 20 and len(f.advice) > 20 for f in report.findings)
+
+
+HEALTHY: dict[str, Callable[[], DEQ]] = {
+    "tanh": lambda: DEQ(Plain()),
+    "double": lambda: DEQ(Plain(), termination=Residual(1e-10, 0.0)).double(),
+    "layer norm inside": lambda: DEQ(
+        Other(
+            lambda c, z, u: torch.tanh(nn.functional.layer_norm(0.2 * c.recurrent(z) + u, (WIDTH,)))
+        )
+    ),
+    "picard": lambda: DEQ(Plain(), solver=Picard()),
+    "one step": lambda: DEQ(Plain(), adjoint=OneStep()),
+    "anderson backward": lambda: DEQ(Plain(), adjoint=Implicit(Anderson())),
+    "fixed steps": lambda: DEQ(Plain(), termination=FixedSteps(20)),
+    "batch norm in eval mode": lambda: DEQ(WithPart(nn.BatchNorm1d(WIDTH))).eval(),
+    "dropout in eval mode": lambda: DEQ(WithPart(nn.Dropout(0.5))).eval(),
+    "linear": lambda: DEQ(Other(lambda c, z, u: c.recurrent(z) + u)),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_model_has_no_finding(name: str, x: Tensor) -> None:
+    deq = HEALTHY[name]()
+    report = doctor(deq, x.to(next(deq.parameters()).dtype))
+    assert report.healthy, f"\n{report}"
+    assert "no findings" in str(report)
+    assert report.measurements[""]["spectral radius"] < 1
+
+
+def test_nothing_of_the_model_changes(x: Tensor) -> None:
+    cell = WithPart(nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Dropout(0.5)))
+    deq = DEQ(cell, on_failure="ignore")
+    parametrizations.spectral_norm(cell.recurrent)
+    deq(x).z.sum().backward()
+    before = {name: tensor.clone() for name, tensor in deq.state_dict().items()}
+    gradients = [p.grad.clone() for p in deq.parameters() if p.grad is not None]
+    hooks = sum(len(part._forward_pre_hooks) for part in deq.modules())
+    random_state = torch.get_rng_state()
+    assert not doctor(deq, x).healthy
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, tensor in deq.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    after = [p.grad for p in deq.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(after, gradients, strict=True))
+    assert sum(len(part._forward_pre_hooks) for part in deq.modules()) == hooks
+    assert deq.training
+
+
+def test_layers_inside_a_model_are_found_by_name(x: Tensor) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = DEQ(Plain())
+            self.second = DEQ(WithPart(nn.Dropout(0.5)))
+            self.head = nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.head(self.first(x).z)).z)
+
+    report = doctor(Model(), x)
+    assert {finding.layer for finding in report.findings} == {"second"}
+    assert set(report.measurements) == {"first", "second"}
+    assert "in second" in str(report)
+    assert "part (p=0.5)" in str(report)
+
+
+def test_a_plain_map(x: Tensor) -> None:
+    matrix = torch.diag(torch.tensor([0.5, -1.5, 0.2]))
+    report = examine(lambda z: z @ matrix + x, torch.zeros_like(x))
+    assert report.causes == ("unbounded-map", "spectral-radius-above-one")
+    assert {finding.severity for finding in report.findings} == {Severity.WARNING}
+    assert report.measurements[""]["spectral radius"] == pytest.approx(1.5, rel=1e-3)
+    assert examine(lambda z: 0.5 * z + x, torch.zeros_like(x)).healthy
+
+
+def test_half_precision_states(x: Tensor) -> None:
+    tight = examine(lambda z: 0.5 * z + x.bfloat16(), torch.zeros(5, 3).bfloat16())
+    assert "tolerance-below-dtype" in tight.causes
+    assert "bfloat16" in str(tight)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(batch: int, x: Tensor) -> None:
+    assert doctor(DEQ(Plain()), x[:batch]).healthy
+
+
+def test_nan_in_what_is_given_is_told_from_nan_in_the_map(x: Tensor) -> None:
+    deq = DEQ(Plain(), on_failure="ignore")
+    spoilt = x.clone()
+    spoilt[2] = torch.nan
+    assert "the injection" in doctor(deq, spoilt).findings[0].evidence
+    with torch.no_grad():
+        deq.cell.recurrent.weight[0, 0] = torch.nan
+    assert "parameter recurrent.weight" in doctor(deq, x).findings[0].evidence
+
+
+def test_models_without_a_layer_are_refused(x: Tensor) -> None:
+    with pytest.raises(UserError, match="Linear has no DEQ layer"):
+        doctor(nn.Linear(3, 3), x)

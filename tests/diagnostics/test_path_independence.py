@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from equilibria import DEQ, Anderson, Cell, Picard, Residual, SolveSettings
+from equilibria.diagnostics.path_independence import (
+    path_independence,
+    path_independence_of_solve,
+)
+
+TIGHT = SolveSettings(solver=Picard(), termination=Residual(1e-6), max_steps=200)
+
+
+class Tanh(Cell):
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain, self.input = gain, nn.Linear(3, 6)
+
+    def inject(self, x: Tensor) -> Tensor:
+        return self.input(x)
+
+    def initial_state(self, injection: Tensor) -> Tensor:
+        return 0.1 * torch.ones_like(injection)
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        return torch.tanh(self.gain * z + 0.01 * injection)
+
+
+def test_a_contraction_is_path_independent() -> None:
+    report = path_independence(DEQ(Tanh(0.5), solver=Anderson()), torch.randn(4, 3), tolerance=2e-2)
+    assert [a.start for a in report.arrivals] == ["zeros", "noise", "large noise", "other samples"]
+    assert report.score == 1.0
+    assert report.different == 0.0
+    assert report.alignment > 0.999
+    assert "100% (same fixed point)" in str(report)
+
+
+def test_several_fixed_points_are_noticed() -> None:
+    report = path_independence(DEQ(Tanh(2.0)), torch.randn(4, 3), settings=TIGHT)
+    assert report.different > 0.3
+    assert report.score < 0.7
+    assert report.alignment < 0.9
+    noise = next(a for a in report.arrivals if a.start == "noise")
+    assert bool(noise.converged.all())
+    assert bool((noise.distance > 0.5).any())
+
+
+def test_a_solve_that_fails_is_neither_same_nor_different() -> None:
+    report = path_independence_of_solve(
+        lambda z: z + 1.0, torch.zeros(3, 2), settings=SolveSettings(max_steps=5)
+    )
+    assert report.score == report.different == 0.0
+
+
+def test_trees_and_single_samples() -> None:
+    report = path_independence_of_solve(
+        lambda z: (0.5 * z[1][:, :, 0] + 1.0, 0.5 * z[0].unsqueeze(2)),
+        (torch.zeros(1, 2), torch.zeros(1, 2, 1)),
+        settings=TIGHT,
+    )
+    assert len(report.arrivals) == 3  # there is no other sample
+    assert report.score == 1.0
+
+
+def test_nothing_is_touched_and_the_seed_decides() -> None:
+    deq, x = DEQ(Tanh(2.0)), torch.randn(4, 3)
+    random_state = torch.get_rng_state()
+    first = path_independence(deq, x, settings=TIGHT)
+    again = path_independence(deq, x, settings=TIGHT)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for a, b in zip(first.arrivals, again.arrivals, strict=True):
+        assert torch.equal(a.distance, b.distance)
+    assert deq.cell.input.weight.grad is None
+    other = path_independence(deq, x, settings=TIGHT, seed=1)
+    assert other.arrivals[1].cosine.tolist() != first.arrivals[1].cosine.tolist()
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(batch: int) -> None:
+    report = path_independence(DEQ(Tanh(0.5)), torch.randn(batch, 3), settings=TIGHT)
+    assert str(report)
