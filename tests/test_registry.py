@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from equilibria import (
     Adjoint,
     Anderson,
+    AnyOf,
     Broyden,
+    Divergence,
+    Fallback,
     FixedPoint,
     FixedSteps,
     Implicit,
@@ -26,6 +29,7 @@ from equilibria import (
     Picard,
     Residual,
     Solver,
+    Stagnation,
     Termination,
     Unrolled,
     UserError,
@@ -190,6 +194,17 @@ def test_hyphens_and_nesting(text: str, expected: Adjoint) -> None:
     assert registry.parse(Adjoint, text) == expected
 
 
+def test_a_plugin_made_of_several() -> None:
+    ladder = registry.parse(Solver, "fallback(anderson, broyden(history_size=None), num-steps=5)")
+    assert ladder == Fallback(Anderson(), Broyden(history_size=None), num_steps=5)
+    assert registry.parse(Solver, registry.describe(ladder)) == ladder
+    nested = Implicit(solver=Fallback(Fallback(Picard(), Anderson()), Broyden()))
+    assert registry.parse(Adjoint, registry.describe(nested)) == nested
+    rule = AnyOf(Residual(1e-3), Stagnation(), Divergence())
+    assert registry.parse(Termination, registry.describe(rule)) == rule
+    assert registry.parse(Termination, "any-of(residual, stagnation)").rules[1] == Stagnation()
+
+
 def test_a_class_from_outside(outside: type) -> None:
     solver = registry.parse(Solver, "their_package.their_solvers:Halving(steepness=0.25)")
     assert solver == outside(steepness=0.25)
@@ -221,6 +236,11 @@ def test_a_class_from_outside_inside_another(outside: type) -> None:
         (Solver, "anderson(relaxation='x')", "relaxation='x' must"),
         (Termination, "fixed_steps", "num_steps"),
         (Solver, "anderson(5)", "need names"),
+        (Solver, "fallback(anderson)", "Fallback got 1 solvers and needs at least 2"),
+        (Solver, "fallback(anderson, residual)", r"got Residual\(.*which is no Solver"),
+        (Solver, "fallback(anderson, broydn)", r"called 'broydn'; did you mean 'broyden'\?"),
+        (Solver, "fallback(anderson, picard, solvers=3)", "no option 'solvers'"),
+        (Solver, "fallback(*3, *4)", "is no number, word in quotes, None, or name"),
         (Solver, "anderson(**{})", "no option '\\*\\*'"),
         (Solver, "anderson(ridge=1+x)", "is no number, word in quotes, None, or name"),
         (Solver, "anderson(ridge={[]: 1})", "is no number, word in quotes, None, or name"),

@@ -2,7 +2,8 @@
 
 A plug-in's name is the name of its file: `solvers/anderson.py` is "anderson". Hyper-parameters are
 written like a call, "anderson(history_size=8)", and nest: "implicit(solver=broyden, rtol=1e-3)".
-A class of one's own is "package.module:Class(option=1)", also inside another plug-in. Hyphens and
+What is made of several others takes them first: "fallback(anderson, broyden, num_steps=5)". A class
+of one's own is "package.module:Class(option=1)", also inside another plug-in. Hyphens and
 underscores in names are the same. The text is parsed, never executed.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import inspect
 import pkgutil
 import re
 from typing import Any
@@ -84,11 +86,11 @@ def parse(kind: type, text: str) -> Any:
 
 def describe(plugin: Any) -> str:
     """The text from which `parse` rebuilds the plug-in: name and all options."""
-    options = ", ".join(
-        f"{field.name}={_describe_value(getattr(plugin, field.name))}"
-        for field in dataclasses.fields(plugin)
-    )
     cls = type(plugin)
+    parts = _parts_of(cls)
+    described = list(map(_describe_value, getattr(plugin, parts))) if parts else []
+    described += [f"{name}={_describe_value(getattr(plugin, name))}" for name in _options_of(cls)]
+    options = ", ".join(described)
     inside = any(cls.__module__.startswith(package + ".") for package in KINDS.values())
     module = cls.__module__
     name = module.rpartition(".")[2] if inside else f"{module}:{cls.__name__}"
@@ -108,26 +110,38 @@ def _as_python(text: str) -> str:
 
 
 def _build(kinds: list[type], node: ast.expr, text: str) -> Any:
-    function, arguments = node, []
+    function, parts, arguments = node, [], []
     if isinstance(node, ast.Call):
-        function, arguments = node.func, node.keywords
-        if node.args:
-            raise UserError(f"options in {text!r} need names, for example 'anderson(ridge=1e-8)'")
+        function, parts, arguments = node.func, node.args, node.keywords
     cls = _find_in(kinds, function, text)
-    fields = [field.name for field in dataclasses.fields(cls)]
+    if parts and _parts_of(cls) is None:
+        raise UserError(f"options in {text!r} need names, for example 'anderson(ridge=1e-8)'")
+    known = _options_of(cls)
     options: dict[str, Any] = {}
     for argument in arguments:
-        if argument.arg not in fields:
+        if argument.arg not in known:
             given = argument.arg or "**"
             raise UserError(
-                f"{ast.unparse(function)} has no option {given!r}{nearest(given, fields)} "
-                f"(it has: {', '.join(fields) or 'none'})"
+                f"{ast.unparse(function)} has no option {given!r}{nearest(given, known)} "
+                f"(it has: {', '.join(known) or 'none'})"
             )
         options[argument.arg] = _value(argument.value, text)
     try:
-        return cls(**options)
+        return cls(*(_value(part, text) for part in parts), **options)
     except TypeError as error:
         raise UserError(f"{text!r}: {error}") from error
+
+
+def _options_of(cls: type) -> list[str]:
+    """Names of the fields that are given by name."""
+    parts = _parts_of(cls)
+    return [field.name for field in dataclasses.fields(cls) if field.name != parts]
+
+
+def _parts_of(cls: type) -> str | None:
+    """The field that takes any number of others, as the solvers of a `Fallback`."""
+    parameters = inspect.signature(cls).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
 
 
 def _value(node: ast.expr, text: str) -> Any:
