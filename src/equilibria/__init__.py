@@ -10,6 +10,8 @@ from equilibria.core.adjoint import Adjoint, BackwardReport, SecondDerivativeErr
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import Iterate, Measurement
 from equilibria.core.linear import LinearResult, LinearSolver
+from equilibria.core.pure import TransformError
+from equilibria.core.scope import SolveScope, once, solve_scope
 from equilibria.core.solution import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State, StateError
@@ -65,6 +67,7 @@ __all__ = [
     "Reversible",
     "SecondDerivativeError",
     "Solution",
+    "SolveScope",
     "SolveSettings",
     "Solver",
     "Stagnation",
@@ -73,7 +76,10 @@ __all__ = [
     "Status",
     "Termination",
     "ToleranceSchedule",
+    "TransformError",
     "Unrolled",
     "UserError",
+    "once",
     "solve",
+    "solve_scope",
 ]

@@ -16,6 +16,7 @@ from equilibria.core.errors import UserError
 from equilibria.core.loop import Keep, LoopResult, check_limits, iterate
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.problem import Problem
+from equilibria.core.pure import is_transformed
 from equilibria.core.solution import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
@@ -134,9 +135,9 @@ def solve_with(
     problem = Problem(f, z0, batch_dims, segments, inputs)
     record = _steps_to_record(states, settings.max_steps)
 
-    def run() -> LoopResult:
+    def run(posed: Problem = problem) -> LoopResult:
         return iterate(
-            problem,
+            posed,
             settings.solver,
             settings.termination,
             max_steps=settings.max_steps,
@@ -146,7 +147,11 @@ def solve_with(
         )
 
     forward = Forward(problem, run, settings.on_failure, trace=trace)
-    if torch.is_grad_enabled():
+    transformed = is_transformed()
+    if transformed:
+        z, result = settings.adjoint.apply_transformed(forward)
+        passed = result.states
+    elif torch.is_grad_enabled():
         z, result = settings.adjoint.apply(forward)
         passed = [settings.adjoint.attach(forward, state) for state in result.states]
     else:
@@ -154,7 +159,8 @@ def solve_with(
         # A copy, because without a step the solution is z0, which is the user's.
         z = result.iterate.z.clone()
         passed = result.states
-    enforce(result.status, settings.on_failure, "the forward solve")
+    if not transformed:  # there it is done where the numbers can be looked at
+        enforce(result.status, settings.on_failure, "the forward solve")
     return Solution(
         z=problem.layout.unpack(z),
         states=tuple(map(problem.layout.unpack, (*passed, z))) if states is not None else (),
@@ -166,6 +172,7 @@ def solve_with(
         seconds=time.perf_counter() - start,
         backward=forward.report,
         trace=None if result.trace is None else result.trace.relative,
+        problem=problem,
     )
 
 

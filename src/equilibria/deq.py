@@ -13,6 +13,7 @@ from equilibria.api import SolveSettings, States, solve_with
 from equilibria.core.adjoint import Adjoint
 from equilibria.core.errors import UserError
 from equilibria.core.loop import Keep
+from equilibria.core.scope import solve_scope
 from equilibria.core.solution import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
@@ -55,9 +56,15 @@ class DEQ(nn.Module):
 
     Args:
         cell: the map.
-        solver, termination, adjoint, max_steps, keep, on_failure: as in `solve`.
-        eval_solver, eval_termination, eval_max_steps: used instead in eval mode; None means the
-            same as in training.
+        solver: forward solver, as in `solve`.
+        termination: when a sample is done.
+        adjoint: how gradients pass through.
+        max_steps: solver steps at most.
+        keep: what a sample that misses the tolerance returns.
+        on_failure: "warn", "raise" or "ignore".
+        eval_solver: used instead in eval mode; None means the same as in training.
+        eval_termination: likewise.
+        eval_max_steps: likewise.
 
     Shape:
         Inputs are whatever `cell.inject` takes; the output is a `Solution` whose `z` has the form
@@ -124,14 +131,15 @@ class DEQ(nn.Module):
             states: intermediate states, as in `solve`.
             trace: record the residual of every step, forward and backward.
         """
-        return self.solve(
-            self.cell.inject(*inputs, **named_inputs),
-            z0=z0,
-            settings=settings,
-            segments=segments,
-            states=states,
-            trace=trace,
-        )
+        with solve_scope():  # inject may draw masks, too
+            return self.solve(
+                self.cell.inject(*inputs, **named_inputs),
+                z0=z0,
+                settings=settings,
+                segments=segments,
+                states=states,
+                trace=trace,
+            )
 
     def solve(
         self,
@@ -143,7 +151,11 @@ class DEQ(nn.Module):
         states: States = None,
         trace: bool = False,
     ) -> Solution:
-        """Solve for an injection made before, for models that need it afterwards too."""
+        """Solve for an injection made before, for models that need it afterwards too.
+
+        Where cells draw masks or normalise weights both in `inject` and in `forward`, put both
+        calls inside `with solve_scope():`.
+        """
         start = self.cell.initial_state(injection) if z0 is None else z0
         return solve_with(
             lambda z: self.cell(z, injection),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from equilibria.core.adjoint import Adjoint, Forward, SecondDerivativeError
 from equilibria.core.closure import covers, graph_position
 from equilibria.core.errors import UserError
+from equilibria.core.functional import solve_transformed
 from equilibria.core.iterate import Iterate
 from equilibria.core.jacobian import transposed_jacobian
 from equilibria.core.linear import LinearSolver
+from equilibria.core.loop import LoopResult
 from equilibria.core.parameters import check_not_negative, check_positive_integer
 from equilibria.core.problem import Problem
 from equilibria.core.solver import Solver
@@ -81,6 +84,24 @@ class Implicit(Adjoint):
         """Record one evaluation at z and attach the implicit edge to it."""
         return _FixedPointEdge(forward.problem, z, self, forward).attach()
 
+    def apply_transformed(self, forward: Forward) -> tuple[Tensor, LoopResult]:
+        """Solve with derivatives of any order and mode; see `equilibria.core.functional`."""
+        return solve_transformed(forward, partial(self.solve_linear, forward))
+
+    def solve_linear(
+        self, forward: Forward, a: Callable[[Tensor], Tensor], b: Tensor, what: str
+    ) -> Tensor:
+        """Solve u = a(u) + b and report on it as `what`."""
+        start = time.perf_counter()
+        linear = self.solver if isinstance(self.solver, LinearSolver) else FixedPoint(self.solver)
+        result = linear.solve(
+            a, b, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps, trace=forward.trace
+        )
+        forward.report.result = result
+        forward.report.seconds += time.perf_counter() - start
+        enforce(result.status, forward.on_failure, what)
+        return result.u
+
 
 class _FixedPointEdge:
     """One recorded evaluation f(z*) and the way back through it.
@@ -110,21 +131,9 @@ class _FixedPointEdge:
 
     def cotangent(self, g: Tensor) -> Tensor:
         """Solve u = J^T u + g on the recorded evaluation."""
-        start = time.perf_counter()
-        solver = self._adjoint.solver
-        linear = solver if isinstance(solver, LinearSolver) else FixedPoint(solver)
-        result = linear.solve(
-            transposed_jacobian(self._taped),
-            g,
-            rtol=self._adjoint.rtol,
-            atol=self._adjoint.atol,
-            max_steps=self._adjoint.max_steps,
-            trace=self._forward.trace,
+        return self._adjoint.solve_linear(
+            self._forward, transposed_jacobian(self._taped), g, "the backward solve"
         )
-        self._forward.report.result = result
-        self._forward.report.seconds += time.perf_counter() - start
-        enforce(result.status, self._forward.on_failure, "the backward solve")
-        return result.u
 
     def differentiable_gradients(
         self, g: Tensor, z: Tensor, inputs: tuple[Tensor, ...]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from equilibria.core.adjoint import Adjoint, Forward
 from equilibria.core.loop import LoopResult
+from equilibria.core.pure import TransformError, is_forward_mode
+from equilibria.core.status import enforce
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,35 @@ class Unrolled(Adjoint):
         forward.problem.checkpoint = self.checkpoint
         result = forward.run()
         return self.attach(forward, result.iterate.z), result
+
+    def apply_transformed(self, forward: Forward) -> tuple[Tensor, LoopResult]:
+        """Let the transform differentiate the steps; `torch.vmap` cannot follow them.
+
+        Raises:
+            TransformError: the transform maps over the solve, whose loop decides by numbers, or
+                evaluations are checkpointed.
+        """
+        if not (torch.is_grad_enabled() or is_forward_mode()):
+            return super().apply_transformed(forward)
+        if self.checkpoint:
+            raise TransformError(
+                "Unrolled(checkpoint=True) has no derivative under torch.func transforms or "
+                "forward-mode AD, which checkpointing does not support; use Implicit(), which "
+                "needs little memory as well, or Unrolled()"
+            )
+        try:
+            with torch.enable_grad():  # solvers write in place without it, which drops tangents
+                z, result = self.apply(forward)
+            enforce(result.status, forward.on_failure, "the forward solve")
+        except RuntimeError as error:
+            if "data-dependent" not in str(error):
+                raise
+            raise TransformError(
+                "Unrolled has no derivative under torch.vmap, because its loop decides by the "
+                "numbers of each sample; use adjoint=Implicit(), or torch.no_grad() where vmap is "
+                "to give values only"
+            ) from error
+        return z, result
 
     def attach(self, forward: Forward, z: Tensor) -> Tensor:
         """A copy: the iterate carries its graph already, and may be the user's own z0."""

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equilibria.core.functional import solve_transformed
 from equilibria.core.linear import LinearResult
 from equilibria.core.loop import LoopResult
 from equilibria.core.problem import Problem
+from equilibria.core.pure import TransformError, is_forward_mode
 from equilibria.core.status import OnFailure
 
 
@@ -32,10 +34,13 @@ class BackwardReport:
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward solve that an adjoint may run, once, in whichever grad mode it needs."""
+    """A forward solve that an adjoint may run, once, in whichever grad mode it needs.
+
+    `run` solves `problem`, or another problem given to it, with the same settings.
+    """
 
     problem: Problem
-    run: Callable[[], LoopResult]
+    run: Callable[..., LoopResult]
     on_failure: OnFailure
     report: BackwardReport = field(default_factory=BackwardReport)
     trace: bool = False
@@ -58,6 +63,23 @@ class Adjoint(ABC):
         with torch.no_grad():
             result = forward.run()
         return self.attach(forward, result.iterate.z), result
+
+    def apply_transformed(self, forward: Forward) -> tuple[Tensor, LoopResult]:
+        """`apply` under `torch.func` transforms, `torch.vmap` or forward-mode AD.
+
+        Called in any grad mode. By default values only, since a transform that went past the
+        adjoint would get another derivative than the adjoint promises.
+
+        Raises:
+            TransformError: a derivative might be asked for.
+        """
+        if torch.is_grad_enabled() or is_forward_mode():
+            raise TransformError(
+                f"{type(self).__name__} has no derivative under torch.func transforms, torch.vmap "
+                "or forward-mode AD; use adjoint=Implicit(), or torch.no_grad() where vmap is to "
+                "give values only"
+            )
+        return solve_transformed(forward, None)
 
     @abstractmethod
     def attach(self, forward: Forward, z: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from equilibria.core.closure import InputRecorder
 from equilibria.core.iterate import Iterate, Measurement, measure
+from equilibria.core.scope import solve_scope
 from equilibria.core.state import Layout, State
 
 Map = Callable[[Tensor], Tensor]
@@ -60,6 +61,8 @@ class Problem:
         inputs: Sequence[Tensor] | None = None,
     ) -> None:
         self.f = f
+        with solve_scope() as scope:
+            self.scope = scope
         self._inputs = None if inputs is None else tuple(t for t in inputs if t.requires_grad)
         self.layout = Layout.of(z0, batch_dims, segments)
         self.z0 = self.layout.pack(z0)
@@ -71,8 +74,13 @@ class Problem:
         self.num_evals += 1
         state = self.layout.unpack(z)
         if self.checkpoint and torch.is_grad_enabled():
-            return self.layout.pack(checkpoint(self.f, state, use_reentrant=False))
-        return self.layout.pack(self.f(state))
+            return self.layout.pack(checkpoint(self.call, state, use_reentrant=False))
+        return self.layout.pack(self.call(state))
+
+    def call(self, state: State) -> State:
+        """f on a state, with the masks and weights of this solve."""
+        with self.scope.active():
+            return self.f(state)
 
     def measure(self, iterate: Iterate) -> Measurement:
         """Norms of residual and image per sample; padding does not count."""

@@ -175,7 +175,9 @@ def _forcing(norm: Tensor, state: NewtonKrylovState) -> Tensor:
 def _says_unsupported(error: RuntimeError) -> bool:
     """Whether an operation lacks the derivative asked for, as opposed to a fault in the map."""
     return isinstance(error, NotImplementedError) or any(
-        words in str(error) for words in ("is not implemented", "differentiate twice")
+        words in str(error)
+        # the last: inside torch.func.jvp or a dual level, which PyTorch cannot nest
+        for words in ("is not implemented", "differentiate twice", "Nested forward mode AD")
     )
 
 

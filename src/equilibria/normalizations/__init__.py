@@ -1,0 +1,1 @@
+"""Weights normalised once per solve, one file each."""

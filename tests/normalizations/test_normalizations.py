@@ -1,0 +1,239 @@
+"""Weight and spectral norm: computed once per solve, over any layer, safe to copy and save."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from equilibria import DEQ, Adjoint, Cell, Implicit, Residual, Unrolled, UserError, solve_scope
+from equilibria.normalizations.once_per_solve import OncePerSolve, remove_normalization
+from equilibria.normalizations.spectral_norm import spectral_norm
+from equilibria.normalizations.weight_norm import weight_norm
+from equilibria.testing import implicit_gradients
+
+NORMS: list[Callable[[nn.Module], list[str]]] = [weight_norm, spectral_norm]
+
+
+class ReadsOften(Cell):
+    """Uses its weight twice per evaluation."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, width).double()
+        nn.init.orthogonal_(self.hidden.weight, gain=0.4)
+
+    def inject(self, x: Tensor) -> Tensor:
+        return x
+
+    def initial_state(self, injection: Tensor) -> Tensor:
+        return torch.zeros_like(injection)
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        return torch.tanh(0.4 * self.hidden(torch.tanh(self.hidden(z))) + injection)
+
+
+def layer(adjoint: Adjoint | None = None) -> DEQ:
+    return DEQ(
+        ReadsOften(),
+        adjoint=adjoint or Implicit(rtol=1e-12),
+        termination=Residual(1e-11, 1e-11),
+        max_steps=300,
+        on_failure="raise",
+    )
+
+
+def count_computations(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    for module in model.modules():
+        if isinstance(module, OncePerSolve):
+            inner = module.parametrization.forward
+
+            def counted(*originals: Tensor, inner: Callable[..., Tensor] = inner) -> Tensor:
+                calls.append(1)
+                return inner(*originals)
+
+            monkeypatch.setattr(module.parametrization, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_computed_once_per_solve(
+    norm: Callable[[nn.Module], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deq = layer()
+    assert norm(deq) == ["cell.hidden.weight"]
+    calls = count_computations(deq, monkeypatch)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    deq(x).z.sum().backward()
+    assert len(calls) == 1
+    with torch.no_grad():
+        deq(x)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("adjoint", [None, Unrolled(), Unrolled(checkpoint=True)], ids=repr)
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_reach_the_original_tensors(
+    norm: Callable[[nn.Module], list[str]], adjoint: Adjoint | None
+) -> None:
+    deq = layer(adjoint)
+    norm(deq)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(3, 4, dtype=torch.float64)
+    sources = (*deq.parameters(), x)
+    with solve_scope() as scope:
+        z = deq(x).z
+    found = torch.autograd.grad(z, sources, g, retain_graph=True)
+    assert all(gradient.abs().sum() > 0 for gradient in found)
+
+    def same_function(z: Tensor) -> Tensor:
+        with scope.active():
+            return deq.cell(z, x)
+
+    wanted = implicit_gradients(same_function, z.detach(), g, sources)
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_copies_averages_and_saves(norm: Callable[[nn.Module], list[str]], tmp_path: Path) -> None:
+    deq = layer()
+    norm(deq)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    deq(x).z.sum().backward()
+    deq.eval()
+    expected = deq(x).z
+    torch.testing.assert_close(copy.deepcopy(deq)(x).z, expected)
+    average = AveragedModel(deq)
+    average.update_parameters(deq)
+    torch.testing.assert_close(average.eval()(x).z, expected)
+    torch.save(deq.state_dict(), tmp_path / "weights.pt")
+    other = layer()
+    norm(other)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    torch.testing.assert_close(other.eval()(x).z, expected)
+    single = copy.deepcopy(deq).to(torch.float32)
+    assert single(x.float()).z.dtype == torch.float32
+
+
+def test_weight_norm_loads_checkpoints_of_pytorchs_own() -> None:
+    plain, mine = nn.Linear(3, 4), nn.Linear(3, 4)
+    nn.utils.parametrizations.weight_norm(plain)
+    weight_norm(mine)
+    mine.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(mine.weight, plain.weight)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_kind_of_layer_is_found(norm: Callable[[nn.Module], list[str]]) -> None:
+    class MyLinear(nn.Linear):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "mine": MyLinear(3, 4),
+            "attention": nn.MultiheadAttention(4, 2, kdim=3, vdim=3),
+            "packed": nn.MultiheadAttention(4, 2),
+            "conv": nn.Conv2d(3, 4, 3),
+            "words": nn.Embedding(5, 4),
+            "norm": nn.LayerNorm(4),
+            "gates": nn.GRUCell(3, 4),
+        }
+    )
+    assert set(norm(model)) == {
+        "mine.weight",
+        "attention.q_proj_weight",
+        "attention.k_proj_weight",
+        "attention.v_proj_weight",
+        "attention.out_proj.weight",
+        "packed.in_proj_weight",
+        "packed.out_proj.weight",
+        "conv.weight",
+        "gates.weight_ih",
+        "gates.weight_hh",
+    }
+    query = torch.randn(5, 1, 4)
+    out, _ = model["packed"](query, query, query)
+    out.sum().backward()
+    assert all(p.grad is not None for p in model["packed"].parameters())
+
+
+def test_patterns_choose() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
+    assert weight_norm(model, include=["0.*", "2.weight"], exclude=["2.*"]) == ["0.weight"]
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_fits_nothing_is_refused(option: str) -> None:
+    with pytest.raises(UserError, match=r"'0\.wieght' fits no weight; did you mean '0\.weight'"):
+        weight_norm(nn.Sequential(nn.Linear(2, 2)), **{option: ["0.wieght"]})
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_removal_keeps_the_function(norm: Callable[[nn.Module], list[str]]) -> None:
+    deq = layer()
+    norm(deq)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    deq.eval()
+    before = deq(x).z
+    assert remove_normalization(deq) == ["cell.hidden.weight"]
+    torch.testing.assert_close(deq(x).z, before)
+    assert isinstance(deq.cell.hidden.weight, nn.Parameter)
+
+
+def test_spectral_norm_bounds_the_largest_singular_value() -> None:
+    linear = nn.Linear(20, 20).double()
+    nn.init.normal_(linear.weight)
+    spectral_norm(linear, coefficient=0.9, num_iterations=30)
+    for _ in range(5):
+        with solve_scope():
+            weight = linear.weight
+    assert float(torch.linalg.matrix_norm(weight.detach(), 2)) == pytest.approx(0.9, rel=1e-3)
+
+
+def test_spectral_norm_advances_once_per_solve_and_never_in_eval_mode() -> None:
+    linear = nn.Linear(6, 6)
+    spectral_norm(linear)
+    vectors = {name: b for name, b in linear.named_buffers() if name.endswith("_u")}
+    assert len(vectors) == 1
+    (vector,) = vectors.values()
+
+    def moved(read: Callable[[], object]) -> bool:
+        before = vector.clone()
+        read()
+        return not torch.equal(before, vector)
+
+    assert moved(lambda: linear.weight)
+    with solve_scope():
+        _ = linear.weight
+        assert not moved(lambda: linear.weight)
+    linear.eval()
+    assert not moved(lambda: linear.weight)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, -1.0, float("nan")])
+def test_spectral_norm_refuses_senseless_coefficients(coefficient: float) -> None:
+    with pytest.raises(UserError, match="coefficient"):
+        spectral_norm(nn.Linear(2, 2), coefficient=coefficient)
+
+
+def test_a_spectrally_normalised_map_converges_by_plain_iteration() -> None:
+    from equilibria import Picard
+
+    deq = DEQ(
+        ReadsOften(16),
+        solver=Picard(),
+        max_steps=200,
+        termination=Residual(1e-8),
+        on_failure="raise",
+    )
+    nn.init.normal_(deq.cell.hidden.weight, std=3.0)
+    spectral_norm(deq, coefficient=0.9, num_iterations=20)
+    for _ in range(3):
+        solution = deq(torch.randn(4, 16, dtype=torch.float64))
+    assert solution.converged.all()

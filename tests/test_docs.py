@@ -1,0 +1,62 @@
+"""The documentation: every snippet runs as it stands, every package has its page."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import equilibria
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def snippets() -> list[tuple[str, int, str]]:
+    """Page, line and code of every python block."""
+    found: list[tuple[str, int, str]] = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            line = text.count("\n", 0, block.start(1)) + 1
+            found.append((page.name, line, block[1]))
+    return found
+
+
+def is_contract(code: str) -> bool:
+    return "Contract)" in code
+
+
+# PyTorch warns of itself when forward mode is first used
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("page", "line", "code"),
+    [
+        pytest.param(*snippet, id=f"{snippet[0]}:{snippet[1]}")
+        for snippet in snippets()
+        if not is_contract(snippet[2])
+    ],
+)
+def test_snippet_runs(
+    page: str, line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    # blank lines in front, so that a traceback shows the line of the page
+    exec(compile("\n" * (line - 1) + code, page, "exec"), {"__name__": "snippet"})
+
+
+def test_every_package_has_a_page() -> None:
+    packages = {module.name for module in pkgutil.iter_modules(equilibria.__path__) if module.ispkg}
+    pages = {page.stem for page in (DOCS / "reference").glob("*.md")}
+    assert packages == pages - {"top-level"}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in DOCS.rglob("*.md"):
+        assert str(page.relative_to(DOCS)) in navigation
