@@ -43,7 +43,8 @@ def saved_for_backward(deq: DEQ, x: Tensor) -> tuple[int, int]:
 def live_bytes() -> int:
     """Bytes of all tensors that Python can reach."""
     gc.collect()
-    tensors = [obj for obj in gc.get_objects() if issubclass(type(obj), Tensor)]
+    tensors = [obj for obj in gc.get_objects() if type(obj) in (Tensor, nn.Parameter)]
+    tensors = [tensor for tensor in tensors if tensor.layout == torch.strided]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 

@@ -20,7 +20,7 @@ def codes_along(rule: Residual, residuals: list[float], images: list[float]) -> 
         measurement = Measurement(*torch.tensor(norms, dtype=torch.float64).unsqueeze(1))
         state = rule.init(measurement) if step == 0 else state
         code, state = rule.check(measurement, step, state)
-        codes.append(int(code))
+        codes.append(RUNNING if code is None else int(code))
     return codes
 
 

@@ -24,6 +24,11 @@ from equilibria.core.status import RUNNING
 def code(rule: Residual, residual: float, image: float) -> int:
     measurement = Measurement(*torch.tensor([[residual], [image]], dtype=torch.float64))
     codes, _ = rule.check(measurement, 1, rule.init(measurement))
+    codes = (
+        torch.full((len(measurement.residual),), RUNNING, dtype=torch.int8)
+        if codes is None
+        else codes
+    )
     assert codes.dtype == torch.int8
     return int(codes)
 
@@ -46,6 +51,11 @@ def test_the_residual_criterion_is_per_sample():
     rule = Residual(rtol=0.1, atol=0.0)
     measurement = Measurement(torch.tensor([0.05, 0.2, 0.2]), torch.tensor([1.0, 1.0, 3.0]))
     codes, _ = rule.check(measurement, 1, rule.init(measurement))
+    codes = (
+        torch.full((len(measurement.residual),), RUNNING, dtype=torch.int8)
+        if codes is None
+        else codes
+    )
     assert codes.tolist() == [Status.SUCCESS, RUNNING, Status.SUCCESS]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from equilibria.core.adjoint import Adjoint, Forward, SecondDerivativeError
+from equilibria.core.autocast import without_autocast
 from equilibria.core.closure import covers, graph_position
 from equilibria.core.errors import UserError
 from equilibria.core.functional import solve_transformed
@@ -94,9 +95,10 @@ class Implicit(Adjoint):
         """Solve u = a(u) + b and report on it as `what`."""
         start = time.perf_counter()
         linear = self.solver if isinstance(self.solver, LinearSolver) else FixedPoint(self.solver)
-        result = linear.solve(
-            a, b, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps, trace=forward.trace
-        )
+        with without_autocast(b.device):
+            result = linear.solve(
+                a, b, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps, trace=forward.trace
+            )
         forward.report.result = result
         forward.report.seconds += time.perf_counter() - start
         enforce(result.status, forward.on_failure, what)

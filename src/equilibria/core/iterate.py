@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Iterate(NamedTuple):
-    """A point `z` and its image `fz = f(z)`, both packed (B, D); one never travels alone."""
-
+class _Pair(NamedTuple):
     z: Tensor
     fz: Tensor
+
+
+class Iterate(_Pair):
+    """A point `z` and its image `fz = f(z)`, both packed (B, D); one never travels alone."""
+
+    @property
+    def residual(self) -> Tensor:
+        """f(z) - z (B, D), computed once where no gradients are recorded."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.fz - self.z
+        kept: Tensor | None = self.__dict__.get("residual_")
+        if kept is None:
+            kept = self.__dict__["residual_"] = self.fz - self.z
+        return kept
 
 
 class Measurement(NamedTuple):
@@ -34,18 +45,14 @@ def rms(x: Tensor) -> Tensor:
     Used instead of the Euclidean norm so that an absolute tolerance means the same per component
     whatever the size of the state; a relative tolerance is the same in both norms.
     """
-    return torch.linalg.vector_norm(x, dim=-1) / math.sqrt(max(x.shape[-1], 1))
+    return torch.linalg.vector_norm(x, dim=-1) * max(x.shape[-1], 1) ** -0.5
 
 
 def measure(iterate: Iterate, scale: Tensor | None = None) -> Measurement:
     """Measure an iterate without recording gradients; `scale` (B,) corrects for padding."""
     with torch.no_grad():
-        residual, image = rms(iterate.fz - iterate.z), rms(iterate.fz)
-        return (
-            Measurement(residual, image)
-            if scale is None
-            else Measurement(residual * scale, image * scale)
-        )
+        measured = Measurement(rms(iterate.residual), rms(iterate.fz))
+        return measured if scale is None else Measurement(*(norm * scale for norm in measured))
 
 
 def choose(rows: Tensor, where_true: Iterate, where_false: Iterate) -> Iterate:

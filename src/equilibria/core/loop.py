@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from equilibria.core.autocast import without_autocast
 from equilibria.core.errors import UserError, nearest
 from equilibria.core.iterate import Iterate, Measurement, choose
 from equilibria.core.problem import Problem
@@ -62,17 +63,29 @@ def iterate(
 
     Gradients are recorded when grad mode is on, except for measurements and for the evaluation
     after the last step, which serves the report only.
+
+    Under a termination that does not look at numbers (`needs_sync` is False) the loop does not
+    either: nothing waits for the device, and torch.compile and torch.export see one graph. All
+    samples return their last iterate, those that are not finite their initial one.
     """
     check_limits(max_steps, keep)
+    with without_autocast(problem.z0.device):
+        return _iterate(problem, solver, termination, max_steps, keep, trace, record)
+
+
+def _iterate(
+    problem: Problem,
+    solver: Solver,
+    termination: Termination,
+    max_steps: int,
+    keep: Keep,
+    trace: bool,
+    record: Collection[int],
+) -> LoopResult:
     taping = torch.is_grad_enabled()
     current = problem.evaluate(problem.z0)
     measured = problem.measure(current)
-    batch = measured.residual.shape[0]
-    kept, kept_measured = current, measured
-    status = torch.full((batch,), RUNNING, dtype=torch.int8, device=problem.z0.device)
-    num_steps = torch.zeros(batch, dtype=torch.int64, device=problem.z0.device)
-    active = status == RUNNING
-    num_active = batch
+    ledger = _Ledger(current, measured, keep) if termination.needs_sync else _Blind(current)
     termination_state = termination.init(measured)
     solver_state = solver.init(current, max_steps)
     measurements: list[Measurement] = []
@@ -81,56 +94,137 @@ def iterate(
     step = 0
     for step in range(max_steps + 1):
         codes, termination_state = termination.check(measured, step, termination_state)
-        codes = torch.where(torch.isfinite(measured.residual), codes, Status.NONFINITE)
         if step == max_steps:
-            codes = torch.where(codes == RUNNING, Status.MAX_STEPS, codes)
+            codes = _closed(codes, measured)
         if trace:
-            shown = torch.where(active, measured.residual, torch.nan)
-            measurements.append(Measurement(shown, measured.image))
-
-        update = active & _worth_keeping(measured, kept_measured, codes, keep)
-        if step > 0:
-            if bool(update.all()):
-                kept, kept_measured = current, measured  # by reference: no copy while improving
-            elif bool(update.any()):
-                kept = choose(update, current, kept)
-                kept_measured = Measurement(
-                    *(
-                        torch.where(update, a, b)
-                        for a, b in zip(measured, kept_measured, strict=True)
-                    )
-                )
-
-        finished = active & (codes != RUNNING)
-        if bool(finished.any()):
-            status = torch.where(finished, codes, status)
-            num_steps = torch.where(finished, step, num_steps)
-            active = status == RUNNING
-            num_active = int(active.sum())
-        if num_active == 0:
+            measurements.append(ledger.shown(measured))
+        if ledger.enter(current, measured, codes, step):
             break
-
-        frozen = None if num_active == batch else (active.unsqueeze(-1), kept.z)
 
         # The image of the last point serves the report only; a solver with evaluations on the
         # way to that point needs those recorded.
         unrecorded = step + 1 == max_steps and solver.single_evaluation
-        evaluate = _Evaluator(problem, frozen, record=taping and not unrecorded)
+        evaluate = _Evaluator(problem, ledger.frozen, record=taping and not unrecorded)
         current, solver_state = solver.step(evaluate, current, solver_state)
         measured = problem.measure(current)
         if step + 1 in record:
             states[step + 1] = current.z
 
     return LoopResult(
-        iterate=kept,
-        measurement=kept_measured,
-        status=status,
-        num_steps=num_steps,
+        iterate=ledger.kept,
+        measurement=ledger.measurement,
+        status=ledger.status,
+        num_steps=ledger.num_steps,
         trace=_stacked(measurements) if trace else None,
         solver_state=solver_state,
         # the last step's own point is what the iterate stands for
         states=[z for made, z in states.items() if made < step],
     )
+
+
+class _Ledger:
+    """What is known of every sample: its best iterate, whether and how it finished."""
+
+    def __init__(self, first: Iterate, measurement: Measurement, keep: Keep) -> None:
+        batch, device = first.z.shape[0], first.z.device
+        self.kept = first
+        self.measurement = measurement
+        self.status = torch.full((batch,), RUNNING, dtype=torch.int8, device=device)
+        self.num_steps = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.frozen: tuple[Tensor, Tensor] | None = None
+        """Samples that go on (B, 1), and where the others stay; None while all go on."""
+        self._keep = keep
+        self._active: Tensor | None = None  # (B,); None while all go on
+
+    def enter(
+        self, current: Iterate, measured: Measurement, codes: Tensor | None, step: int
+    ) -> bool:
+        """Take note of an iterate; whether the solve is over."""
+        if codes is None and self._active is None:
+            if step > 0:
+                self._take(self._better(current, measured), current, measured)
+            return False
+        codes = torch.full_like(self.status, RUNNING) if codes is None else codes
+        codes = torch.where(torch.isfinite(measured.residual), codes, Status.NONFINITE)
+        active = self.status == RUNNING if self._active is None else self._active
+        if step > 0:
+            worth = self._better(current, measured)
+            if self._keep == "best":
+                # a runaway point is not worth keeping, however small rounding makes its residual
+                worth = (worth & (codes != Status.DIVERGED)) | (codes == Status.SUCCESS)
+            self._take(active & worth, current, measured)
+        return self._finish(active & (codes != RUNNING), codes, step)
+
+    def shown(self, measured: Measurement) -> Measurement:
+        """A measurement for the trace: NaN for samples that have finished."""
+        if self._active is None:
+            return measured
+        return Measurement(torch.where(self._active, measured.residual, torch.nan), measured.image)
+
+    def _better(self, current: Iterate, measured: Measurement) -> Tensor:
+        """Mask (B,) of the samples whose new iterate may replace the kept one."""
+        if self._keep == "last":
+            return torch.isfinite(measured.residual)
+        return measured.residual < self.measurement.residual
+
+    def _take(self, rows: Tensor, current: Iterate, measured: Measurement) -> None:
+        if bool(rows.all()):  # by reference: no copy while all improve
+            self.kept, self.measurement = current, measured
+        elif bool(rows.any()):
+            self.kept = choose(rows, current, self.kept)
+            self.measurement = Measurement(
+                *(
+                    torch.where(rows, new, old)
+                    for new, old in zip(measured, self.measurement, strict=True)
+                )
+            )
+
+    def _finish(self, finished: Tensor, codes: Tensor, step: int) -> bool:
+        if bool(finished.any()):
+            self.status = torch.where(finished, codes, self.status)
+            self.num_steps = torch.where(finished, step, self.num_steps)
+            self._active = self.status == RUNNING
+            if not bool(self._active.any()):
+                return True
+        elif not self.status.shape[0]:
+            return True  # an empty batch
+        if self._active is not None:
+            self.frozen = self._active.unsqueeze(-1), self.kept.z
+        return False
+
+
+class _Blind:
+    """The ledger of a solve that decides nothing by numbers, so that nothing has to wait."""
+
+    frozen = None
+
+    def __init__(self, first: Iterate) -> None:
+        self._first = first
+        self.kept = first
+
+    def enter(
+        self, current: Iterate, measured: Measurement, codes: Tensor | None, step: int
+    ) -> bool:
+        """Take note of an iterate; whether the solve is over."""
+        self.kept, self.measurement = current, measured
+        if codes is None:
+            return False
+        finite = torch.isfinite(measured.residual)
+        self.status = torch.where(finite, codes, Status.NONFINITE)
+        self.num_steps = torch.full_like(codes, step, dtype=torch.int64)
+        self.kept = choose(finite, current, self._first)
+        return True
+
+    def shown(self, measured: Measurement) -> Measurement:
+        """A measurement for the trace."""
+        return measured
+
+
+def _closed(codes: Tensor | None, measured: Measurement) -> Tensor:
+    """The codes after the last step: nobody goes on."""
+    if codes is None:
+        return torch.full_like(measured.residual, Status.MAX_STEPS, dtype=torch.int8)
+    return torch.where(codes == RUNNING, Status.MAX_STEPS, codes)
 
 
 @dataclass(frozen=True)
@@ -155,15 +249,6 @@ class _Evaluator:
 
 def _stacked(measurements: list[Measurement]) -> Measurement:
     return Measurement(*(torch.stack(norms) for norms in zip(*measurements, strict=True)))
-
-
-def _worth_keeping(new: Measurement, kept: Measurement, codes: Tensor, keep: Keep) -> Tensor:
-    """Mask (B,) of the samples whose new iterate replaces the kept one."""
-    if keep == "last":
-        return torch.isfinite(new.residual)
-    # a runaway point is not worth keeping, however small rounding makes its residual
-    better = (new.residual < kept.residual) & (codes != Status.DIVERGED)
-    return better | (codes == Status.SUCCESS)
 
 
 def check_limits(max_steps: int, keep: str) -> None:

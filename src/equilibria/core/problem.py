@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from equilibria.core.autocast import Autocast
 from equilibria.core.closure import InputRecorder
+from equilibria.core.errors import UserError
 from equilibria.core.iterate import Iterate, Measurement, measure
 from equilibria.core.scope import solve_scope
 from equilibria.core.state import Layout, State
+from equilibria.core.untouched import Untouched
 
 Map = Callable[[Tensor], Tensor]
 """A function on packed states, (B, D) -> (B, D)."""
@@ -60,12 +63,16 @@ class Problem:
         segments: Tensor | None = None,
         inputs: Sequence[Tensor] | None = None,
     ) -> None:
+        if not callable(f):
+            hint = "; f comes first, then z0" if isinstance(f, Tensor) else ""
+            raise UserError(f"f is a {type(f).__name__}, expected a function of the state{hint}")
         self.f = f
         with solve_scope() as scope:
             self.scope = scope
-        self._inputs = None if inputs is None else tuple(t for t in inputs if t.requires_grad)
+        self._inputs = None if inputs is None else _known_inputs(inputs)
         self.layout = Layout.of(z0, batch_dims, segments)
         self.z0 = self.layout.pack(z0)
+        self._autocast = Autocast(self.layout.device)
         self.num_evals = 0
         self.checkpoint = False  # whether recorded evaluations are made again when needed
 
@@ -73,9 +80,15 @@ class Problem:
         """Call `f` once on a packed point; with grad enabled the call is recorded."""
         self.num_evals += 1
         state = self.layout.unpack(z)
-        if self.checkpoint and torch.is_grad_enabled():
-            return self.layout.pack(checkpoint(self.call, state, use_reentrant=False))
-        return self.layout.pack(self.call(state))
+        watched = Untouched(state) if self.num_evals == 1 else None  # once tells
+        with self._autocast.restored():
+            if self.checkpoint and torch.is_grad_enabled():
+                image = checkpoint(self.call, state, use_reentrant=False)
+            else:
+                image = self.call(state)
+            if watched is not None:
+                watched.check()
+            return self.layout.pack(image)
 
     def call(self, state: State) -> State:
         """f on a state, with the masks and weights of this solve."""
@@ -105,3 +118,13 @@ class Problem:
             with InputRecorder(exclude=free) as recorder:
                 image = self.image(free)
             return Iterate(free, image), recorder.inputs
+
+
+def _known_inputs(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Those that need a gradient."""
+    if isinstance(inputs, Tensor) or not all(isinstance(item, Tensor) for item in inputs):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(
+            f"inputs is a {type(inputs).__name__} that is no list of tensors; give the tensors "
+            "that f depends on besides z, as in inputs=[x, weight]"
+        )
+    return tuple(tensor for tensor in inputs if tensor.requires_grad)

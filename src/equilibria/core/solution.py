@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from equilibria.core.adjoint import BackwardReport
+from equilibria.core.errors import UserError
+from equilibria.core.problem import Problem
 from equilibria.core.state import State
 from equilibria.core.status import Status
 
@@ -28,6 +31,9 @@ class Solution:
         states: the intermediate states asked for, then the final one; empty if none were.
         trace: relative residual after every step (num_steps + 1, B), NaN once a sample is
             finished; None unless asked for.
+        problem: what was solved, with the masks and normalised weights of that solve, for
+            regularisers and measurements at z. Keeps f and what it closes over alive as long as
+            the solution; where many solutions are collected, keep their z.
     """
 
     z: State
@@ -40,8 +46,38 @@ class Solution:
     backward: BackwardReport
     states: tuple[State, ...] = ()
     trace: Tensor | None = None
+    problem: Problem | None = field(default=None, repr=False, compare=False)
 
     @property
     def converged(self) -> Tensor:
         """Mask (B,) of the samples that met the tolerance."""
         return self.status == Status.SUCCESS
+
+    @property
+    def function(self) -> Callable[[State], State]:
+        """The very f that was solved: same injection, masks, normalised weights and autocast.
+
+        Raises:
+            UserError: the solution was put together by hand and belongs to no problem.
+        """
+        problem = solved_problem(self)
+        return lambda z: problem.layout.unpack(problem.image(problem.layout.pack(z)))
+
+
+def solved_problem(solution: Solution) -> Problem:
+    """The problem of a solution.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(solution, Solution):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(
+            f"expected the Solution that solve(...) or deq(...) returned, got a "
+            f"{type(solution).__name__}; give the solution itself and not its z"
+        )
+    if solution.problem is None:
+        raise UserError(
+            "this Solution does not know what it solves, because it was put together by hand; "
+            "give problem=... when making it, or use one that solve(...) or deq(...) returned"
+        )
+    return solution.problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -82,6 +83,11 @@ class Layout:
                     f"z0{name} is on {tensor.device}, another part of the state on "
                     f"{tensors[0].device}; move the whole state to one device"
                 )
+        if tensors[0].device.type == "meta":
+            raise StateError(
+                f"z0{named[0][0]} is on the meta device and holds no numbers to solve with; make "
+                "it on a real one, for example torch.zeros(...)"
+            )
         dtype = torch.float32
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
@@ -108,17 +114,31 @@ class Layout:
         """Whether unpacking loses precision because a leaf is narrower than the packed dtype."""
         return any(leaf.dtype != self.dtype for leaf in self.leaves)
 
+    @cached_property
+    def _is_plain(self) -> bool:
+        """One tensor whose packed form is a view of it: nothing to convert, permute or join."""
+        leaf = self.leaves[0]
+        return (
+            self.treespec.is_leaf()
+            and self.batch_dims == 1
+            and self.segments is None
+            and leaf.dtype == self.dtype
+            and leaf.order == tuple(range(len(leaf.shape)))
+        )
+
     def pack(self, state: State) -> Tensor:
         """Flatten a state of this layout to (B, D). A single tensor is a view where possible.
 
         Raises:
             StateError: the tree, a shape, a dtype or a device differs from the layout's.
         """
+        if self._is_plain and isinstance(state, Tensor):
+            return self._flatten(self.leaves[0], state)
         tensors, treespec = pytree.tree_flatten(state)
         if treespec != self.treespec:
             raise StateError(
-                f"f returned the tree {treespec}, its input is {self.treespec}; f must return a "
-                "state of exactly the form of z"
+                f"f returned the tree {_shown(treespec)}, its input is {_shown(self.treespec)}; "
+                "f must return a state of exactly the form of z"
             )
         columns = [
             self._flatten(leaf, tensor) for leaf, tensor in zip(self.leaves, tensors, strict=True)
@@ -128,6 +148,8 @@ class Layout:
 
     def unpack(self, packed: Tensor) -> State:
         """Turn a packed (B, D) tensor back into a state, each leaf in its own dtype."""
+        if self._is_plain:
+            return packed.reshape(self.batch_size, *self.leaves[0].shape)
         if self.segments is not None:
             packed = self.segments.unpad(packed, sum(leaf.size for leaf in self.leaves))
         columns: Sequence[Tensor] = (
@@ -159,6 +181,8 @@ class Layout:
                 f"f(z){leaf.name} is {tensor.dtype}, z{leaf.name} is {leaf.dtype}; start from a "
                 f"z0 of {tensor.dtype}, or cast inside f"
             )
+        if self._is_plain and tensor.dtype == self.dtype:
+            return tensor.reshape(self.batch_size, leaf.size)
         batched = tensor if self.batch_dims else tensor.unsqueeze(0)
         ordered = batched.permute(0, *(d + 1 for d in leaf.order))
         # flatten on sizes that are known: reshape(B, -1) is ambiguous for an empty batch
@@ -172,6 +196,11 @@ class Layout:
         return tensor if self.batch_dims else tensor.squeeze(0)
 
 
+def _shown(tree: pytree.TreeSpec) -> str:
+    """A tree on one line."""
+    return "a tensor" if tree.is_leaf() else " ".join(str(tree).split())
+
+
 def _check_leaf(name: str, leaf: object, batch_dims: int) -> None:
     if not isinstance(leaf, Tensor):
         raise StateError(f"z0{name} is a {type(leaf).__name__}, expected a tensor")
@@ -180,6 +209,8 @@ def _check_leaf(name: str, leaf: object, batch_dims: int) -> None:
             f"z0{name} has dtype {leaf.dtype}, expected a real floating-point one; a complex "
             "state can be given as torch.view_as_real(z0)"
         )
+    if leaf.layout != torch.strided:
+        raise StateError(f"z0{name} is {leaf.layout}; give a dense tensor, z0.to_dense()")
     if leaf.dim() < batch_dims:
         raise StateError(
             f"z0{name} has no dimensions, expected (batch, ...); pass batch_dims=0 for one "
@@ -188,6 +219,11 @@ def _check_leaf(name: str, leaf: object, batch_dims: int) -> None:
 
 
 def _segments(index: Tensor, state: Tensor, batch_dims: int) -> Segments:
+    if not isinstance(index, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(
+            f"segments is a {type(index).__name__}, expected a tensor of integers (N,); give "
+            "torch.tensor([0, 0, 1, ...]), the number of the problem that each row belongs to"
+        )
     if not batch_dims:
         raise UserError("segments and batch_dims=0 contradict each other; leave out batch_dims")
     if index.numel() != state.shape[0]:

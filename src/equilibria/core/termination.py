@@ -14,16 +14,23 @@ class Termination(ABC):
     """Decides per sample, after every step, whether its solve is over.
 
     Sees measurements only, never states, so it costs next to nothing and is shared by all
-    solvers. NaN and infinity are caught by the loop before any rule is asked.
+    solvers. NaN and infinity are caught by the loop, whatever a rule says of them.
     """
+
+    @property
+    def needs_sync(self) -> bool:
+        """Whether the decision depends on the numbers measured; if not, nothing waits for them."""
+        return True
 
     @abstractmethod
     def init(self, measurement: Measurement) -> Any:
         """Make the memory for one solve from the measurement of the initial point."""
 
     @abstractmethod
-    def check(self, measurement: Measurement, step: int, state: Any) -> tuple[Tensor, Any]:
+    def check(self, measurement: Measurement, step: int, state: Any) -> tuple[Tensor | None, Any]:
         """Return a code (B,) int8 per sample: a `Status`, or RUNNING to go on.
 
-        `step` is the number of steps made so far, 0 for the initial point.
+        None says that every sample is finite and goes on, which is the usual case and the one
+        that should cost nothing. `step` is the number of steps made so far, 0 for the initial
+        point.
         """

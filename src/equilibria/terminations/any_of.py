@@ -41,17 +41,26 @@ class AnyOf(Termination):
         """The memory of every rule."""
         return tuple(rule.init(measurement) for rule in self.rules)
 
+    @property
+    def needs_sync(self) -> bool:
+        """Whether any of the rules looks at numbers."""
+        return any(rule.needs_sync for rule in self.rules)
+
     def check(
         self, measurement: Measurement, step: int, state: tuple[Any, ...]
-    ) -> tuple[Tensor, tuple[Any, ...]]:
+    ) -> tuple[Tensor | None, tuple[Any, ...]]:
         """The first code that is not RUNNING, SUCCESS before all others."""
         checked = [
             rule.check(measurement, step, memory)
             for rule, memory in zip(self.rules, state, strict=True)
         ]
-        codes = checked[0][0]
-        for later, _ in checked[1:]:
-            codes = torch.where((codes == RUNNING) | (later == Status.SUCCESS), later, codes)
+        codes = None
+        for later, _ in checked:
+            if codes is None or later is None:
+                codes = later if codes is None else codes
+            else:
+                wins = (codes == RUNNING) | (later == Status.SUCCESS)
+                codes = torch.where(wins, later, codes)
         return codes, tuple(memory for _, memory in checked)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from equilibria.core.iterate import Measurement
 from equilibria.core.parameters import check_positive_integer
-from equilibria.core.status import RUNNING, Status
+from equilibria.core.status import Status
 from equilibria.core.termination import Termination
 
 
@@ -35,7 +35,13 @@ class FixedSteps(Termination):
     def init(self, measurement: Measurement) -> None:
         """Nothing to remember."""
 
-    def check(self, measurement: Measurement, step: int, state: None) -> tuple[Tensor, None]:
+    @property
+    def needs_sync(self) -> bool:
+        """The number of steps is all that counts."""
+        return False
+
+    def check(self, measurement: Measurement, step: int, state: None) -> tuple[Tensor | None, None]:
         """SUCCESS for every sample at step `num_steps`."""
-        code = Status.SUCCESS if step >= self.num_steps else RUNNING
-        return torch.full_like(measurement.residual, code, dtype=torch.int8), None
+        if step < self.num_steps:
+            return None, None
+        return torch.full_like(measurement.residual, Status.SUCCESS, dtype=torch.int8), None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,29 +72,54 @@ class Residual(Termination):
                     "give at least 1, or None to switch the guard off"
                 )
 
-    def init(self, measurement: Measurement) -> Tensor:
+    def init(self, measurement: Measurement) -> _Size:
         """Remember the size (B,) that the problem shows at its start."""
-        return torch.maximum(measurement.residual, measurement.image)
+        size = torch.maximum(measurement.residual, measurement.image)
+        return _Size(size, size * self._credible_growth)
 
-    def check(self, measurement: Measurement, step: int, state: Tensor) -> tuple[Tensor, Tensor]:
+    def check(
+        self, measurement: Measurement, step: int, state: _Size
+    ) -> tuple[Tensor | None, _Size]:
         """SUCCESS where the criterion holds, DIVERGED where nothing can be judged any more."""
         residual, image = measurement
+        tolerance = image * self.rtol + self.atol
+        # Not "<=", which a NaN would pass.
+        usual = (residual > tolerance) & (residual <= state.size) & (image <= state.limit)
+        if bool(usual.all()):
+            return None, state
         if self.max_growth is None:
-            accepted = residual <= self.atol + self.rtol * image
-            return torch.where(accepted, Status.SUCCESS, RUNNING).to(torch.int8), state
-        eps = torch.finfo(image.dtype).eps
+            codes = torch.where(residual <= tolerance, Status.SUCCESS, RUNNING)
+            return codes.to(torch.int8), state
+        return self._judge(residual, image, state)
+
+    @property
+    def _credible_growth(self) -> float:
+        """How far the image may outgrow the size of the problem before the guard acts."""
+        if self.max_growth is None:
+            return math.inf
         loose = max(0.1 / self.rtol, 2.0) if self.rtol > 0 else self.max_growth
-        credible = min(self.max_growth, loose) * state
-        grown = image > credible
+        return min(self.max_growth, loose)
+
+    def _judge(self, residual: Tensor, image: Tensor, state: _Size) -> tuple[Tensor, _Size]:
+        """The whole criterion, with the guard."""
+        eps, tiny = torch.finfo(image.dtype).eps, torch.finfo(image.dtype).tiny
+        grown = image > state.limit
         # Written as ratios, so that no square of a large norm overflows.
-        shrink = torch.where(grown, credible / image.clamp_min(torch.finfo(image.dtype).tiny), 1.0)
+        shrink = torch.where(grown, state.limit / image.clamp_min(tiny), 1.0)
         tolerance = self.atol + self.rtol * image * shrink * shrink
         accepted = (residual <= tolerance) & (~grown | (eps * image <= tolerance))
         codes = torch.where(accepted, Status.SUCCESS, RUNNING)
-        codes = torch.where(grown & (eps * image > state), Status.DIVERGED, codes)
+        codes = torch.where(grown & (eps * image > state.size), Status.DIVERGED, codes)
         # A residual seen from far away says nothing about the size of the problem.
-        state = torch.where(grown, state, torch.fmax(state, residual))
-        return codes.to(torch.int8), state
+        size = torch.where(grown, state.size, torch.fmax(state.size, residual))
+        return codes.to(torch.int8), _Size(size, size * self._credible_growth)
+
+
+class _Size(NamedTuple):
+    """The size (B,) that a problem has shown, and the limit for its image."""
+
+    size: Tensor
+    limit: Tensor
 
 
 @dataclass(frozen=True)
