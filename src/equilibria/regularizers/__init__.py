@@ -1,0 +1,1 @@
+"""Losses and measurements that keep the map a contraction; one file each."""
