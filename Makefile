@@ -17,11 +17,11 @@ ARGS :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .PHONY: help train test lint format format-check typecheck imports pytest test-slow test-gpu
-.PHONY: install constraints clean
+.PHONY: install constraints clean bench-evaluations bench-tables
 .NOTPARALLEL:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(STAMP) ## train RECIPE (default: text that ships with Python); ARGS="--options"
 	@$(BIN)/equilibria train $(RECIPE) $(ARGS)
@@ -53,6 +53,16 @@ test-slow: $(STAMP) ## the slow tests
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)
+
+bench-evaluations: $(STAMP) ## count evaluations against other libraries (about ten minutes)
+	@$(BIN)/python -c 'import jaxopt, optimistix, torchdeq' || { \
+		echo "error: the other libraries are missing: $(BIN)/python -m pip install -e '.[peers]'" >&2; \
+		exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evaluations
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.backward_evaluations
+
+bench-tables: $(STAMP) ## write the tables of docs/peers.md from benchmarks/results
+	$(BIN)/python -m benchmarks.tables
 
 install: $(STAMP) ## set up .venv and nothing else; PYTHON=... names the interpreter
 

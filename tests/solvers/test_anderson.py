@@ -51,7 +51,7 @@ def test_equals_least_squares_on_the_same_window(history_size, relaxation):
             found = solve(
                 f,
                 z0,
-                solver=Anderson(history_size, relaxation, ridge=0.0),
+                solver=Anderson(history_size, relaxation, ridge=0.0, min_angle=0.0, kind="II"),
                 termination=FixedSteps(num_steps),
             ).z
         for row in range(3):
@@ -73,7 +73,7 @@ def test_a_long_window_solves_a_linear_problem_in_as_many_steps_as_it_has_dimens
     solution = solve(
         lambda z: z_star + torch.einsum("bij,bj->bi", matrix, z - z_star),
         torch.zeros(2, 6, dtype=torch.float64),
-        solver=Anderson(history_size=7, ridge=0.0),
+        solver=Anderson(history_size=7, ridge=0.0, min_angle=0.0),
         termination=Residual(1e-9),
         on_failure="raise",
     )

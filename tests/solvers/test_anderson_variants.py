@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from equilibria import Anderson, Broyden, FixedSteps, Picard, Residual, UserError, solve
+from equilibria.solvers.anderson import _sines
 
 
 def tanh_map(width: int = 12):
@@ -44,7 +45,7 @@ def by_hand(f, num_steps: int, history_size: int, relaxation: float) -> Tensor:
 @pytest.mark.parametrize("history_size", [1, 3, 5])
 def test_type_one_from_its_definition(history_size, relaxation):
     f = tanh_map()
-    solver = Anderson(history_size, relaxation, ridge=0.0, kind="I")
+    solver = Anderson(history_size, relaxation, ridge=0.0, min_angle=0.0, kind="I")
     for num_steps in (1, 2, 4, 8):
         wanted = by_hand(f, num_steps, history_size, relaxation)
         found = after(f, solver, num_steps)
@@ -54,13 +55,13 @@ def test_type_one_from_its_definition(history_size, relaxation):
 def test_with_one_difference_type_one_is_broyden():
     """A single pair has no triangle: both explain the last step and nothing else."""
     f = tanh_map()
-    found = after(f, Anderson(1, ridge=0.0, kind="I"), 6)
+    found = after(f, Anderson(1, ridge=0.0, min_angle=0.0, kind="I"), 6)
     torch.testing.assert_close(found, after(f, Broyden(1), 6), rtol=1e-10, atol=1e-12)
 
 
 def test_with_one_difference_type_two_is_bad_broyden():
     f = tanh_map()
-    found = after(f, Anderson(1, ridge=0.0), 6)
+    found = after(f, Anderson(1, ridge=0.0, min_angle=0.0, kind="II"), 6)
     torch.testing.assert_close(found, after(f, Broyden(1, kind="bad"), 6), rtol=1e-10, atol=1e-12)
 
 
@@ -68,8 +69,8 @@ def test_with_one_difference_type_two_is_bad_broyden():
 def test_a_restart_is_a_new_solve_that_knows_the_last_difference(kind):
     """Until the restart nothing differs; the step after it is that of a window of one."""
     f = tanh_map()
-    plain = Anderson(8, kind=kind, ridge=0.0)
-    restarted = Anderson(8, kind=kind, ridge=0.0, restart=3)
+    plain = Anderson(8, kind=kind, ridge=0.0, min_angle=0.0)
+    restarted = Anderson(8, kind=kind, ridge=0.0, min_angle=0.0, restart=3)
     for num_steps in (1, 2, 3, 4):
         assert torch.equal(after(f, plain, num_steps), after(f, restarted, num_steps))
     assert not torch.equal(after(f, plain, 5), after(f, restarted, 5))
@@ -151,9 +152,71 @@ def test_all_kinds_beat_plain_iteration():
             assert solve(f, z0, solver=solver, max_steps=500, **settings).num_evals < plain
 
 
+@pytest.mark.parametrize("num_pushed", [4, 6, 9])
+def test_sines_are_those_of_the_columns_with_the_newer_ones(num_pushed):
+    size, n = 6, min(num_pushed, 6)
+    slots = torch.randn(3, 20, n, dtype=torch.float64)
+    slots = slots / torch.linalg.vector_norm(slots, dim=1, keepdim=True)
+    newest = (num_pushed - 1) % size
+    order = [(newest - age) % size for age in range(n)]
+    triangle = torch.linalg.qr(slots[:, :, order])[1]
+    wanted = torch.empty(3, n, dtype=torch.float64)
+    wanted[:, order] = triangle.diagonal(dim1=1, dim2=2).abs()
+    torch.testing.assert_close(_sines(slots.mT @ slots, newest), wanted)
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_differences_that_newer_ones_span_are_left_out(kind):
+    """f moves in a plane only, so that no more than two differences can be independent."""
+    matrix = torch.tensor([[0.5, -0.7], [0.6, 0.4]], dtype=torch.float64)
+
+    def f(z: Tensor) -> Tensor:
+        return torch.cat((torch.tanh(z[:, :2] @ matrix.mT + 1.0), torch.ones_like(z[:, 2:])), 1)
+
+    solution = solve(
+        f,
+        torch.zeros(1, 12, dtype=torch.float64),
+        solver=Anderson(5, kind=kind),
+        termination=Residual(1e-12, 1e-12),
+        on_failure="raise",
+    )
+    assert solution.num_evals < 15
+
+
+def test_a_nearly_singular_map_wants_the_angles():
+    """Chandrasekhar's H-equation at c = 0.9999: a few directions carry everything."""
+    mu = (torch.arange(100).double() + 0.5) / 100
+    kernel = 0.5 * 0.9999 * mu.unsqueeze(1) / (mu.unsqueeze(1) + mu) / 100
+
+    def num_evals(solver: Anderson) -> int:
+        return solve(
+            lambda h: 1.0 / (1.0 - h @ kernel.mT),
+            torch.ones(1, 100, dtype=torch.float64),
+            solver=solver,
+            termination=Residual(1e-6, 0.0),
+            max_steps=100,
+            on_failure="raise",
+        ).num_evals
+
+    assert num_evals(Anderson()) <= 20
+    assert num_evals(Anderson(min_angle=0.0)) > 30
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_no_limit_keeps_every_difference(kind):
+    f = tanh_map()
+    wanted = after(f, Anderson(9, kind=kind), 9)
+    torch.testing.assert_close(after(f, Anderson(None, kind=kind), 9), wanted, rtol=0.0, atol=0.0)
+    assert bool((after(f, Anderson(2, kind=kind), 9) != wanted).any())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"history_size": 0}, "history_size=0"),
+        ({"min_angle": -0.1}, "min_angle=-0.1"),
+        ({"min_angle": 1.0}, "min_angle=1.0"),
+        ({"min_angle": math.nan}, "min_angle=nan"),
         ({"kind": "2"}, "kind='2' of Anderson is not one of 'II', 'I'"),
         ({"restart": 0}, "restart=0"),
         ({"restart": 2.5}, "restart=2.5"),

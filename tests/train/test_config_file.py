@@ -129,7 +129,7 @@ def test_every_option_is_in_the_file() -> None:
 
 def test_plugins_are_their_description() -> None:
     text = to_json(DEFAULT)["model"]["solve"]["solver"]
-    assert text.startswith("anderson(history_size=5, ")
+    assert text.startswith("anderson(history_size=10, ")
 
 
 def test_options_that_the_file_lacks_keep_their_default() -> None:

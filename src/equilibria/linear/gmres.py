@@ -16,6 +16,9 @@ from equilibria.core.status import RUNNING, Status
 
 Product = Callable[[Tensor], Tensor]
 
+FIRST_VECTORS = 20
+"""Room made at first; what easy backward systems take."""
+
 
 @dataclass(frozen=True)
 class GMRES(LinearSolver):
@@ -28,12 +31,13 @@ class GMRES(LinearSolver):
     system it needs the fewest vector-Jacobian products; a spectral radius above 1 is no obstacle.
     Only for linear systems: forward, use Anderson or Broyden.
 
-    Cost per step: one product; two passes over the k vectors built so far; `restart` + 1 state
-    copies of memory. One more product per restart.
+    Cost per step: one product; two passes over the k vectors built so far, which are also the
+    memory, with room for up to twice as many. One more product per restart.
 
     Args:
-        restart: vectors kept before starting over from the best point (40 suffices for nearly
-            all backward systems; lower it to save memory).
+        restart: vectors kept before starting over from the best point. Few backward systems need
+            more than 40, and those that do take up to a third more products with 40 than with
+            100. Lower it to bound the memory.
 
     Raises:
         UserError: restart below 1.
@@ -42,7 +46,7 @@ class GMRES(LinearSolver):
         Saad and Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7 (1986).
     """
 
-    restart: int = 40
+    restart: int = 100
 
     def __post_init__(self) -> None:
         check_positive_integer("restart", self.restart)
@@ -161,7 +165,8 @@ class _Arnoldi:
         double = torch.float32 if u.device.type == "mps" else torch.float64
         batch = u.shape[0]
         self._u = u
-        self._basis = u.new_zeros(batch, size + 1, u.shape[1])
+        self._size = size
+        self._basis = u.new_zeros(batch, min(size, FIRST_VECTORS) + 1, u.shape[1])
         self._q_transposed = torch.eye(size + 1, dtype=double, device=u.device).repeat(batch, 1, 1)
         self._r = torch.eye(size, dtype=double, device=u.device).repeat(batch, 1, 1)
         self._right = u.new_zeros(batch, size + 1, dtype=double)
@@ -174,6 +179,7 @@ class _Arnoldi:
 
     def extend(self, a: Product) -> Tensor:
         """Add one vector and return the Euclidean norm (B,) of the best residual."""
+        self._make_room()
         k, basis = self._k, self._basis
         column, remainder = _orthogonalise(a(basis[:, k]), basis[:, : k + 1])
         length = torch.linalg.vector_norm(remainder, dim=1)
@@ -196,6 +202,15 @@ class _Arnoldi:
         correction = torch.bmm(y[:, None, : self._k].to(basis.dtype), basis[:, :-1]).squeeze(1)
         residual = torch.bmm(spent.unsqueeze(1).to(basis.dtype), basis).squeeze(1)
         return self._u + correction, residual
+
+    def _make_room(self) -> None:
+        """Double the basis when it is full: most systems are solved long before a restart."""
+        num_vectors = self._basis.shape[1]
+        if self._k + 1 < num_vectors:
+            return
+        more = min(num_vectors, self._size + 1 - num_vectors)
+        room = self._basis.new_zeros(self._basis.shape[0], more, self._basis.shape[2])
+        self._basis = torch.cat((self._basis, room), dim=1)
 
     def _rotate(self, projected: Tensor) -> None:
         """Make the new column triangular by one more rotation."""

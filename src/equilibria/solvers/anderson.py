@@ -1,4 +1,4 @@
-"""Anderson acceleration, type II and type I."""
+"""Anderson acceleration, type I and type II."""
 
 from __future__ import annotations
 
@@ -43,26 +43,34 @@ class Anderson(Solver):
     With r_k = f(z_k) - z_k, and the columns of S, R and F the differences of consecutive points,
     residuals and images over the last `history_size` steps,
 
-        type II:  gamma = argmin | r_k - R gamma |^2 + ridge |diag(R^T R)^(1/2) gamma|^2
         type I:   S^T (r_k - R gamma) = 0
+        type II:  gamma = argmin | r_k - R gamma |^2 + ridge |diag(R^T R)^(1/2) gamma|^2
         z_{k+1} = f(z_k) - F gamma - (1 - relaxation) (r_k - R gamma)
 
-    The best default on contractions and near-contractions. Type I, a relative of Broyden's good
-    method, is within a tenth of type II on contractions and somewhat ahead on expansive nonlinear
-    maps. For a spectral radius above 1 prefer Broyden.
+    Type I is a relative of Broyden's good method with all secant conditions kept at once. It is
+    the default because on the 16 families of docs/peers.md it needs the fewest evaluations: within
+    a tenth of type II on contractions, and well ahead where the map is expansive, stiff or has
+    several fixed points.
 
-    Cost per step: one evaluation; 2 m state copies of memory; about 2 m + 6 words of traffic per
-    float of the state (type I: 3 m), because the small matrices gain one row a step and are never
-    rebuilt. The safeguard keeps the best iterate: 2 state copies and 8 words more.
+    A difference that lies within `min_angle` of the span of newer ones is left out of a step: all
+    it could add is what has changed since it was taken, magnified by one over the angle.
+
+    Cost per step: one evaluation; 2 m state copies of memory; about 3 m + 6 words of traffic per
+    float of the state (type II: 2 m + 6), because the small matrices gain one row a step and are
+    never rebuilt. The safeguard keeps the best iterate: 2 state copies and 8 words more.
 
     Args:
-        history_size: differences kept (m). 5 is the best all-round value on our problem
-            families; a longer window is not always better.
+        history_size: differences kept (m); None keeps all. 20 saves another tenth of the
+            evaluations, a third where the spectral radius is above 1, for twice the memory and
+            traffic. Type II with all of them is the method closest to GMRES on linear maps.
         relaxation: 1 (default) is undamped.
         ridge: regularisation relative to each column's own scale, so that a solve does not
             depend on the units of the state. An absolute one stalls on small vectors, as those
             of the backward system under mean-reduced losses are.
-        kind: "II" (default) or "I".
+        min_angle: in radians; 0 keeps every difference. On small linear problems that are far
+            from normal 0.03 already costs a few steps; below 0.01 nearly singular nonlinear ones
+            (the H-equation near c = 1) take up to four times as many.
+        kind: "I" (default) or "II".
         restart: forget the history after so many steps; None (default) lets the window slide,
             which is as good or better on nearly all of our problem families.
         safeguard: a sample whose residual exceeds this factor times its best goes back to its
@@ -72,8 +80,8 @@ class Anderson(Solver):
             factors below 10 cost some. Give 10 for a map that throws the mixing off.
 
     Raises:
-        UserError: history_size or restart below 1, negative ridge, relaxation not in (0, 2), an
-            unknown kind, a safeguard below 1.
+        UserError: history_size or restart below 1, negative ridge, relaxation not in (0, 2),
+            min_angle not in [0, 1), an unknown kind, a safeguard below 1.
 
     References:
         Walker and Ni, Anderson acceleration for fixed-point iterations, SIAM J. Numer. Anal.
@@ -83,17 +91,21 @@ class Anderson(Solver):
         safeguards.
     """
 
-    history_size: int = 5
+    history_size: int | None = 10
     relaxation: float = 1.0
     ridge: float = 1e-8
-    kind: Kind = "II"
+    min_angle: float = 0.01
+    kind: Kind = "I"
     restart: int | None = None
     safeguard: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive_integer("history_size", self.history_size)
+        if self.history_size is not None:
+            check_positive_integer("history_size", self.history_size)
         check_relaxation(self.relaxation)
         check_not_negative("ridge", self.ridge)
+        if not 0.0 <= self.min_angle < 1.0:
+            raise UserError(f"min_angle={self.min_angle} of Anderson must lie in [0, 1) radians")
         if self.kind not in get_args(Kind):
             raise UserError(
                 f"kind={self.kind!r} of Anderson is not one of 'II', 'I'"
@@ -116,7 +128,7 @@ class Anderson(Solver):
 
     def init(self, iterate: Iterate, max_steps: int) -> AndersonState:
         """Allocate the history, no longer than the solve can fill."""
-        size = min(self.history_size, self.restart or max_steps, max_steps)
+        size = min(self.history_size or max_steps, self.restart or max_steps, max_steps)
         state = AndersonState(iterate, size)
         if self.safeguard is not None:
             state.guard = _Guard(iterate, size, self.safeguard)
@@ -142,7 +154,7 @@ class Anderson(Solver):
                 state.test_differences.clear()
                 state.image_differences.clear()
             weigh = _weights_second if self.kind == "II" else _weights_first
-            gamma = weigh(state, iterate, residual, self.ridge)
+            gamma = weigh(state, iterate, residual, self)
             z = self._mix(state, iterate, residual, gamma)
         if guard is not None:
             z = guard.damp(z, iterate)
@@ -167,7 +179,7 @@ class Anderson(Solver):
 
 
 def _weights_second(
-    state: AndersonState, iterate: Iterate, residual: Tensor, ridge: float
+    state: AndersonState, iterate: Iterate, residual: Tensor, settings: Anderson
 ) -> Tensor:
     """Add the last pair and solve R^T R gamma = R^T r; (B, 1, n) weights."""
     previous, previous_residual = _last(state)
@@ -179,14 +191,14 @@ def _weights_second(
     state.gram.set_column(slot, row)
     state.gram.set_row(slot, row)
     gram = state.gram.leading(vectors.shape[1])
-    scale = _scale(state, gram)
+    scale = _scale(state, gram, settings.min_angle)
     unit = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-    unit = unit - torch.diag_embed(unit.diagonal(dim1=1, dim2=2) - (1.0 + ridge))
+    unit = unit - torch.diag_embed(unit.diagonal(dim1=1, dim2=2) - (1.0 + settings.ridge))
     return _solve(unit, scale, right).to(vectors.dtype).unsqueeze(1)
 
 
 def _weights_first(
-    state: AndersonState, iterate: Iterate, residual: Tensor, ridge: float
+    state: AndersonState, iterate: Iterate, residual: Tensor, settings: Anderson
 ) -> Tensor:
     """Add the last pair and solve S^T R gamma = S^T r with R = F - S; (B, 1, n) weights.
 
@@ -204,10 +216,10 @@ def _weights_first(
     state.squares.set_row(slot, by_step)
     state.gram.set_column(slot, by_step - by_image)
     state.gram.set_row(slot, by_step - over_images)
-    scale = _scale(state, state.squares.leading(n))
+    scale = _scale(state, state.squares.leading(n), settings.min_angle)
     unit = state.gram.leading(n) * scale.unsqueeze(1) * scale.unsqueeze(2)
     # Positive on a contraction, so that adding the ridge takes the system away from singular.
-    unit = unit + torch.diag_embed(torch.where(scale > 0, ridge, 1.0).to(unit.dtype))
+    unit = unit + torch.diag_embed(torch.where(scale > 0, settings.ridge, 1.0).to(unit.dtype))
     return -_solve(unit, scale, right).to(steps.dtype).unsqueeze(1)
 
 
@@ -217,16 +229,34 @@ def _last(state: AndersonState) -> tuple[Iterate, Tensor]:
     return state.previous, state.previous_residual
 
 
-def _scale(state: AndersonState, squares: Tensor) -> Tensor:
+def _scale(state: AndersonState, squares: Tensor, min_angle: float) -> Tensor:
     """One over the lengths (B, n); 0, and so weight 0, for columns that do not count.
 
-    Those are columns of zeros (a sample that no longer moves) and what the safeguard dropped.
+    Those are columns of zeros (a sample that no longer moves), what the safeguard dropped, and
+    what newer columns span.
     """
     lengths = squares.diagonal(dim1=1, dim2=2)
     counts = lengths > 0
+    newest = state.test_differences.newest
     if state.guard is not None:
-        counts = counts & state.guard.remember(state.test_differences.newest, lengths.shape[1])
-    return torch.where(counts, torch.where(counts, lengths, 1.0).rsqrt(), 0.0)
+        counts = counts & state.guard.remember(newest, lengths.shape[1])
+    scale = torch.where(counts, torch.where(counts, lengths, 1.0).rsqrt(), 0.0)
+    if min_angle == 0.0:
+        return scale
+    unit = squares.detach() * scale.detach().unsqueeze(1) * scale.detach().unsqueeze(2)
+    return torch.where(_sines(unit, newest) >= min_angle, scale, 0.0)
+
+
+def _sines(unit: Tensor, newest: int) -> Tensor:
+    """Sine of the angle (B, n) of every column with the span of the newer ones.
+
+    These are the pivots of the Cholesky factor, columns from the newest to the oldest. After a
+    pivot of zero come NaN, which are no angles either.
+    """
+    rounding = 10.0 * torch.finfo(unit.dtype).eps
+    ordered = unit.flip((1, 2)).roll((newest + 1, newest + 1), (1, 2))
+    factor = torch.linalg.cholesky_ex(ordered + rounding * torch.eye(unit.shape[1]).to(unit))[0]
+    return factor.diagonal(dim1=1, dim2=2).roll(-(newest + 1), 1).flip(1)
 
 
 def _solve(unit: Tensor, scale: Tensor, right: Tensor) -> Tensor:

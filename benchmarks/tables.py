@@ -1,0 +1,276 @@
+"""Write the tables of docs/peers.md from the results.
+
+    python -m benchmarks.tables [--check]
+
+Everything between the markers `<!-- NAME -->` and `<!-- end NAME -->` is generated; the text around
+them is written by hand. With --check nothing is written, and the exit status says whether the page
+is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import load
+
+PAGE = Path(__file__).parent.parent / "docs" / "peers.md"
+OURS = "equilibria"
+PEERS = ("scipy", "torchdeq", "jaxopt", "optimistix")
+RECOMMENDED = ("Anderson()", "Anderson(20)")
+
+Counts = Sequence[int | None]
+Results = Mapping[str, Sequence[Counts]]
+"""Of one family: for each solver and instance the evaluations to each tolerance."""
+Rank = tuple[int, float]
+"""Unsolved instances, and the median over all with the unsolved at infinity; less is better."""
+
+
+def main() -> None:
+    """Regenerate the page, or compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    old = PAGE.read_text()
+    new = old
+    for name, make in SECTIONS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        text = make()
+        new, found = re.subn(
+            pattern, lambda match, text=text: match[1] + text + match[2], new, flags=re.DOTALL
+        )
+        if found != 1:
+            sys.exit(f"{PAGE} has no section between the markers of {name!r}")
+    if parser.parse_args().check:
+        sys.exit(0 if new == old else f"{PAGE} is not what the results say; run make bench-tables")
+    PAGE.write_text(new)
+
+
+# --- forward -----------------------------------------------------------------------------------
+
+
+def _forward() -> tuple[dict[str, Results], dict[str, dict[str, Results]]]:
+    """Counts by family, of ours and of every library of others."""
+
+    def read(library: str) -> dict[str, Results]:
+        return {
+            family: {
+                name: [instance["evaluations"] for instance in instances]
+                for name, instances in solvers.items()
+                if "skipped" not in instances[0]
+            }
+            for family, solvers in load(f"evaluations_{library}")["counts"].items()
+        }
+
+    return read(OURS), {library: read(library) for library in PEERS}
+
+
+def summary() -> str:
+    """Families x tolerances: best of ours, what we recommend, best of the others."""
+    ours, libraries = _forward()
+    choices = {"best of ours": list(next(iter(ours.values()))), **{n: [n] for n in RECOMMENDED}}
+    rows: list[list[str]] = []
+    pairs: dict[str, list[list[tuple[Rank, Rank]]]] = {name: [] for name in choices}
+    for family, results in ours.items():
+        others = {name: r for library in libraries.values() for name, r in library[family].items()}
+        row = [family]
+        for choice, names in choices.items():
+            mine = {name: results[name] for name in names}
+            pairs[choice].append(list(zip(_bests(mine), _bests(others), strict=True)))
+            row.append(_three(mine))
+        rows.append([*row, _three(others), _winner(others)])
+    for title, judge in {
+        "no more than the best of others": _wins,
+        "times the best": _ratios,
+    }.items():
+        rows.append([f"**{title}**", *(judge(p) for p in pairs.values()), "", ""])
+    columns = ["family", *map(_code, choices), "best of others", "which is, at 1e-6"]
+    return _table(columns, rows)
+
+
+def _wins(families: list[list[tuple[Rank, Rank]]]) -> str:
+    """Families in which ours solves as many and needs no more, at each tolerance and at all."""
+    held = [[mine[0] <= theirs[0] and mine[1] <= theirs[1] for mine, theirs in f] for f in families]
+    each = " / ".join(str(sum(column)) for column in zip(*held, strict=True))
+    return f"{each}, all three {sum(map(all, held))} of {len(held)}"
+
+
+def _ratios(families: list[list[tuple[Rank, Rank]]]) -> str:
+    """Geometric mean over the families that both solve, at each tolerance."""
+    means: list[str] = []
+    for column in zip(*families, strict=True):
+        ratios = [a[1] / b[1] for a, b in column if max(a[1], b[1]) < float("inf")]
+        means.append(f"{statistics.geometric_mean(ratios):.2f}")
+    return " / ".join(means)
+
+
+def solved() -> str:
+    """How many instances each of ours and each library solve to the tightest tolerance."""
+    ours, libraries = _forward()
+    columns = ["family", OURS, *(f"`{name}`" for name in RECOMMENDED), *PEERS]
+    rows = [
+        [
+            family,
+            _solved(results),
+            *(_solved({name: results[name]}) for name in RECOMMENDED),
+            *(_solved(libraries[library][family]) for library in PEERS),
+        ]
+        for family, results in ours.items()
+    ]
+    return _table(columns, rows)
+
+
+def one_for_all() -> str:
+    """Every solver as the only one: what it solves, and its cost relative to the best of all."""
+    ours, libraries = _forward()
+    budget = load(f"evaluations_{OURS}")["budget"]
+    everything = {OURS: ours, **libraries}
+    best = {
+        family: _bests({n: r for counts in everything.values() for n, r in counts[family].items()})
+        for family in ours
+    }
+    lines: list[tuple[float, list[str]]] = []
+    for counts in everything.values():
+        for name in _solver_names(counts):
+            families = [family for family in ours if name in counts[family]]
+            if len(families) < len(ours):
+                continue  # dense methods, which cannot do them all
+            ranks = [(_bests({name: counts[f][name]}), best[f]) for f in families]
+            costs = [
+                statistics.geometric_mean(
+                    min(mine[t][1], budget) / least[t][1] for mine, least in ranks
+                )
+                for t in range(len(ranks[0][0]))
+            ]
+            solved = sum(r[-1] is not None for f in families for r in counts[f][name])
+            shown = " / ".join(f"{cost:.2f}" for cost in costs)
+            lines.append((math.prod(costs), [_code(name), str(solved), shown]))
+    columns = ["solver", "instances solved to 1e-6", "evaluations, times the best of all"]
+    return _table(columns, [row for _, row in sorted(lines)])
+
+
+def every_solver() -> str:
+    """Medians of every solver on every family, to the tightest tolerance."""
+    ours, libraries = _forward()
+    families = list(ours)
+    everything = {OURS: ours, **libraries}
+    rows = [
+        [_code(name)]
+        + [
+            _text(_rank([instance[-1] for instance in counts[family][name]]))
+            if name in counts[family]
+            else "not run"
+            for family in families
+        ]
+        for library, counts in everything.items()
+        for name in _solver_names(counts)
+    ]
+    return _table(["solver", *families], rows)
+
+
+def _solver_names(counts: dict[str, Results]) -> list[str]:
+    return list(dict.fromkeys(name for family in counts.values() for name in family))
+
+
+def _bests(results: Results) -> list[Rank]:
+    """At each tolerance, of the solver that leaves fewest unsolved, then has the lowest median."""
+    number = len(next(iter(results.values()))[0])
+    return [
+        min(_rank([instance[tolerance] for instance in r]) for r in results.values())
+        for tolerance in range(number)
+    ]
+
+
+def _rank(counts: Counts) -> Rank:
+    """Unsolved instances, then the median with those at infinity."""
+    missing = sum(count is None for count in counts)
+    median = statistics.median(float("inf") if count is None else count for count in counts)
+    return missing, median
+
+
+def _three(results: Results) -> str:
+    return " / ".join(_text(rank) for rank in _bests(results))
+
+
+def _winner(results: Results) -> str:
+    return min(results, key=lambda name: _rank([instance[-1] for instance in results[name]]))
+
+
+def _solved(results: Results) -> str:
+    """Instances that some solver of these gets to the tightest tolerance."""
+    instances = range(max(len(r) for r in results.values()))
+    return str(sum(any(r[i][-1] is not None for r in results.values()) for i in instances))
+
+
+# --- backward ----------------------------------------------------------------------------------
+
+
+def backward() -> str:
+    """Medians of products with J^T, every solver on every family."""
+    results = load("backward")
+    names = [name for solvers in results["libraries"].values() for name in solvers]
+    rows = [
+        [family, *(_three({name: counts[name]}) for name in names)]
+        for family, counts in results["counts"].items()
+    ]
+    return _table(["family", *(f"`{name}`" for name in names)], rows)
+
+
+# --- about -------------------------------------------------------------------------------------
+
+
+def about() -> str:
+    """Commands, machine and versions."""
+    lines: list[str] = []
+    for name in [*(f"evaluations_{library}" for library in (OURS, *PEERS)), "backward"]:
+        result = load(name)
+        packages = ", ".join(f"{p} {v}" for p, v in result["versions"].items() if v)
+        lines.append(
+            f"- `results/{name}.json`: `{result['command']}`; {result['machine']}; Python "
+            f"{result['python']}; {packages}; seeds {result['seeds'][0]} to "
+            f"{result['seeds'][-1]}; at most {result['budget']} evaluations.\n"
+        )
+    return "".join(lines)
+
+
+def families() -> str:
+    """What the families are."""
+    names = load(f"evaluations_{OURS}")["families"]
+    return _table(["family", "what it is"], [[name, about] for name, about in names.items()])
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "families": families,
+    "summary": summary,
+    "solved": solved,
+    "one for all": one_for_all,
+    "every solver": every_solver,
+    "backward": backward,
+    "about": about,
+}
+
+
+def _text(rank: Rank) -> str:
+    missing, median = rank
+    number = "-" if median == float("inf") else f"{median:.0f}"
+    return number + (f" ({missing} not)" if missing else "")
+
+
+def _code(name: str) -> str:
+    """Names that can be typed, as code."""
+    return f"`{name}`" if "(" in name else name
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
