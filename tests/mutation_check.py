@@ -74,7 +74,9 @@ TARGETS = (
         (
             Mutation("gamma, images, alpha=-1.0)", "gamma, images, alpha=1.0)"),
             Mutation("return z - (1.0 - self.relaxation) * mixed", "return z"),
-            Mutation("- (1.0 + ridge)", "- 1.0"),
+            Mutation("- (1.0 + settings.ridge)", "- 1.0"),
+            Mutation(".roll(-(newest + 1), 1).flip(1)", ".roll(newest + 1, 1).flip(1)"),
+            Mutation("_sines(unit, newest) >= min_angle", "_sines(unit, newest) >= 0.0"),
             Mutation("state.gram.set_row(slot, row)", "pass"),
             Mutation("alpha=-1.0 if self.kind", "alpha=1.0 if self.kind"),
             Mutation("return -_solve(unit, scale, right)", "return _solve(unit, scale, right)"),

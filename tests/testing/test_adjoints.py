@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from equilibria import Adjoint, Broyden, Implicit, OneStep, Phantom, Picard, Solver, Unrolled
 from equilibria.adjoints.neumann_series import NeumannSeries
 from equilibria.testing.adjoint_contract import AdjointContract
@@ -12,11 +14,13 @@ class TestImplicit(AdjointContract):
         return Implicit(rtol=1e-11, max_steps=200)
 
 
+@pytest.mark.slow
 class TestImplicitByBroyden(AdjointContract):
     def make_adjoint(self) -> Adjoint:
         return Implicit(Broyden(), rtol=1e-11, max_steps=200)
 
 
+@pytest.mark.slow
 class TestOneStep(AdjointContract):
     def make_adjoint(self) -> Adjoint:
         return OneStep()
@@ -27,11 +31,13 @@ class TestPhantom(AdjointContract):
         return Phantom()
 
 
+@pytest.mark.slow
 class TestNeumannSeries(AdjointContract):
     def make_adjoint(self) -> Adjoint:
         return NeumannSeries()
 
 
+@pytest.mark.slow
 class TestLongNeumannSeries(AdjointContract):
     min_cosine = 0.99
 
@@ -40,15 +46,22 @@ class TestLongNeumannSeries(AdjointContract):
 
 
 class TestUnrolled(AdjointContract):
+    # The gradient of the steps lags behind the value, and that of the few coarse steps that
+    # bfloat16 allows goes through mixing weights that are mostly rounding.
+    accuracy = 1e-5
+    min_cosine_in_lower_precision = 0.8
+
     def make_adjoint(self) -> Adjoint:
         return Unrolled()
 
 
-class TestCheckpointedUnrolled(AdjointContract):
+@pytest.mark.slow
+class TestCheckpointedUnrolled(TestUnrolled):
     def make_adjoint(self) -> Adjoint:
         return Unrolled(checkpoint=True)
 
 
+@pytest.mark.slow
 class TestUnrolledPicard(AdjointContract):
     def make_adjoint(self) -> Adjoint:
         return Unrolled()

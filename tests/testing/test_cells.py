@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +70,7 @@ class TestTanh(CellContract):
         return (torch.randn(batch, 3),)
 
 
+@pytest.mark.slow
 class TestTwoScales(CellContract):
     unused_parameters = frozenset({"coarse.weight", "coarse.bias"})
 
@@ -93,5 +95,6 @@ class TestDEQTransformer(CellContract):
         return (4.0 * torch.randn(batch, 5, 16),)
 
 
+@pytest.mark.slow
 class TestPreNormDEQTransformer(TestDEQTransformer):
     norm = "pre"

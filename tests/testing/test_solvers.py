@@ -58,6 +58,7 @@ class TestBadBroydenWithLineSearch(SolverContract):
         return Broyden(kind="bad", line_search=True)
 
 
+@pytest.mark.slow
 class TestNewtonKrylov(SolverContract):
     differentiable = False
 
@@ -74,6 +75,7 @@ class TestNewtonKrylov(SolverContract):
         super().test_one_object_serves_nested_solves(solver, easy)
 
 
+@pytest.mark.slow
 class TestReversible(SolverContract):
     max_steps = 600
 
@@ -81,6 +83,7 @@ class TestReversible(SolverContract):
         return Reversible(reconstruction_tolerance=None)
 
 
+@pytest.mark.slow
 class TestFallback(SolverContract):
     def make_solver(self) -> Solver:
         return Fallback(Anderson(), Picard(relaxation=0.5), Broyden())

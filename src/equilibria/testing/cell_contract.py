@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -30,6 +29,7 @@ from equilibria.testing.dense import (
     spectral_radius,
 )
 from equilibria.testing.expect import expect, expect_close, expect_equal
+from equilibria.testing.need_pytest import pytest
 
 _LARGEST_DENSE = 600
 
@@ -364,7 +364,7 @@ class CellContract:
 @contextmanager
 def _seeded(seed: int) -> Generator[None]:
     """Run with a seeded global generator and give the old state back."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 

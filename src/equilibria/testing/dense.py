@@ -13,6 +13,7 @@ from torch import Tensor
 from equilibria.core.errors import UserError
 from equilibria.core.problem import Problem
 from equilibria.core.state import State
+from equilibria.testing.expect import rows
 
 Map = Callable[[Tensor], Tensor]
 
@@ -25,16 +26,16 @@ def jacobian(f: Map, z: Tensor) -> Tensor:
     """
     with torch.enable_grad():
         free = z.detach().requires_grad_()
-        image = f(free).flatten(1)
+        image = rows(f(free))
         if not image.requires_grad:  # a map that ignores z and everything else
             return z.new_zeros(z.shape[0], image.shape[1], image.shape[1])
-        rows = [
-            torch.autograd.grad(image[:, i].sum(), free, retain_graph=True, materialize_grads=True)[
-                0
-            ].flatten(1)
+        gradients = [
+            torch.autograd.grad(image[:, i].sum(), free, retain_graph=True, materialize_grads=True)
             for i in range(image.shape[1])
         ]
-    return torch.stack(rows, dim=1) if rows else z.new_zeros(z.shape[0], 0, 0)
+    if not gradients:
+        return z.new_zeros(z.shape[0], 0, 0)
+    return torch.stack([rows(gradient) for (gradient,) in gradients], dim=1)
 
 
 def full_jacobian(f: Map, z: Tensor) -> Tensor:
@@ -66,8 +67,8 @@ def newton(f: Map, z0: Tensor, *, tolerance: float = 1e-13, max_steps: int = 200
     z = z0.detach().double()
     best = torch.full((z.shape[0],), torch.inf, dtype=torch.float64, device=z.device)
     for _ in range(max_steps):
-        residual = (f(z) - z).detach().flatten(1)
-        best = _size(residual) / (1.0 + _size(z.flatten(1)))
+        residual = rows((f(z) - z).detach())
+        best = _size(residual) / (1.0 + _size(rows(z)))
         if bool((best <= tolerance).all()):
             return z
         matrix = torch.eye(residual.shape[1]).to(residual) - jacobian(f, z)
@@ -132,7 +133,7 @@ def _halve_until_better(f: Map, z: Tensor, step: Tensor, before: Tensor) -> Tens
     length = torch.ones_like(before)
     for _ in range(30):
         scaled = step * length.view(-1, *(1,) * (z.dim() - 1))
-        after = _size((f(z + scaled) - (z + scaled)).detach().flatten(1))
+        after = _size(rows((f(z + scaled) - (z + scaled)).detach()))
         worse = ~(after < before) & (before > 0)
         if not bool(worse.any()):
             break

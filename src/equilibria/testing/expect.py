@@ -6,6 +6,8 @@ are not. So the words are here.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,5 +46,10 @@ def expect_close(
 
 def rms(x: Tensor) -> Tensor:
     """Root mean square per sample in float64: (B, ...) -> (B,)."""
-    flat = x.detach().double().flatten(1)
+    flat = rows(x.detach().double())
     return flat.square().sum(1).div(max(flat.shape[1], 1)).sqrt()
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, ...) -> (B, D), also for one number per sample and for an empty batch."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))

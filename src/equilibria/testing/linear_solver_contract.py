@@ -6,9 +6,9 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from equilibria.core.status import Status
 from equilibria.terminations.residual import Residual
 from equilibria.testing.dense import implicit_gradients, relative_error, spectral_radius
 from equilibria.testing.expect import expect, expect_close, expect_equal, rms
+from equilibria.testing.need_pytest import pytest
 from equilibria.testing.probes import Recorder, Spoiled
 from equilibria.testing.problems import PROBLEMS
 from equilibria.testing.problems import problem as build
@@ -89,10 +90,13 @@ class LinearSolverContract:
     """
 
     rtol: ClassVar[float] = 1e-9
+    """Tolerance in float64."""
     max_steps: ClassVar[int] = 300
+    products_per_step: ClassVar[int] = 1
+    """By how much `num_steps` grows from one row of the trace to the next."""
 
     def make_solver(self) -> LinearSolver:
-        """Return the solver to test; called once per test."""
+        """Return the solver to test; called many times, for equal ones."""
         raise NotImplementedError("a class derived from LinearSolverContract writes make_solver")
 
     def supports(self, system: LinearSystem) -> bool:
@@ -107,12 +111,12 @@ class LinearSolverContract:
     @pytest.fixture(params=SYSTEMS)
     def system(self, request: pytest.FixtureRequest) -> LinearSystem:
         """Every system in turn."""
-        return system(request.param)
+        return _built_once(type(self), request.param)
 
     @pytest.fixture
     def easy(self) -> LinearSystem:
         """One contraction."""
-        return system("nonsymmetric")
+        return _built_once(type(self), "nonsymmetric")
 
     def run(
         self, solver: LinearSolver, a: Callable[[Tensor], Tensor], b: Tensor, **overrides: Any
@@ -285,10 +289,14 @@ class LinearSolverContract:
         expect(result.residual <= rms(easy.b) * (1 + 1e-9), "and no worse than that of u = 0")
 
     def test_the_trace_has_a_row_per_step(self, solver: LinearSolver, easy: LinearSystem) -> None:
-        """After that of the start."""
+        """After that of the start; NaN once a sample is finished."""
         result = self.run(solver, easy.a, easy.b, trace=True)
-        expected = (int(result.num_steps.max()) + 1, 4)
-        expect_equal(tuple(torch.as_tensor(result.trace).shape), expected, "num_steps + 1 rows")
+        rows = result.num_steps // self.products_per_step
+        trace = torch.as_tensor(result.trace)
+        expected = (int(rows.max()) + 1, 4)
+        expect_equal(tuple(trace.shape), expected, "one row for the start and one per step")
+        finished = torch.arange(expected[0]).unsqueeze(1) > rows
+        expect_equal(trace.isnan(), finished, "a row is NaN for the samples that are finished")
         expect_equal(self.run(solver, easy.a, easy.b).trace, None, "no trace unless asked for")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -356,3 +364,8 @@ class LinearSolverContract:
         wanted = implicit_gradients(live.f, star, cotangent, live.sources)
         error = relative_error(found, wanted)
         expect(error <= 1e2 * self.rtol, f"the gradient of {name} is off by {error:.1e}")
+
+
+@cache
+def _built_once(contract: type[LinearSolverContract], name: str) -> LinearSystem:
+    return system(name)

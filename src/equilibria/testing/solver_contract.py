@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from dataclasses import is_dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cache
+from typing import Any, ClassVar
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -22,9 +22,11 @@ from equilibria.linear.fixed_point import FixedPoint
 from equilibria.terminations.residual import Residual
 from equilibria.testing.dense import implicit_gradients, relative_error
 from equilibria.testing.expect import expect, expect_close, expect_equal, rms
+from equilibria.testing.need_pytest import pytest
 from equilibria.testing.probes import Recorder, Spoiled
 from equilibria.testing.problems import PROBLEMS, FixedPointProblem
 from equilibria.testing.problems import problem as build
+from equilibria.testing.states import STATES, StateProblem
 
 _DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 _PRECISIONS = {
@@ -33,6 +35,14 @@ _PRECISIONS = {
     torch.bfloat16: 2e-2,
     torch.float16: 3e-3,
 }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A solve of one problem at the contract's tolerance, and every call of the map during it."""
+
+    solution: Solution
+    f: Recorder
 
 
 class SolverContract:
@@ -53,7 +63,7 @@ class SolverContract:
     """Whether gradients can be unrolled through the steps."""
 
     def make_solver(self) -> Solver:
-        """Return the solver to test; called once per test."""
+        """Return the solver to test; called many times, for equal ones."""
         raise NotImplementedError("a class derived from SolverContract writes make_solver")
 
     def supports(self, problem: FixedPointProblem) -> bool:
@@ -70,12 +80,17 @@ class SolverContract:
     @pytest.fixture(params=list(PROBLEMS))
     def problem(self, request: pytest.FixtureRequest) -> FixedPointProblem:
         """Every problem in turn."""
-        return build(request.param)
+        return _built_once(type(self), request.param)
+
+    @pytest.fixture
+    def solved(self, problem: FixedPointProblem) -> Run:
+        """The problem, solved once for all tests that only look at the result."""
+        return _solved_once(type(self), problem.name)
 
     @pytest.fixture
     def easy(self) -> FixedPointProblem:
         """One nonlinear contraction whose samples finish at different steps."""
-        return build("tanh")
+        return _built_once(type(self), "tanh")
 
     def run(self, f: Callable[[Any], Any], z0: Any, solver: Solver, **overrides: Any) -> Solution:
         """`solve` at the contract's tolerance, without gradients and without warnings."""
@@ -89,9 +104,9 @@ class SolverContract:
 
     # --- right and honest ----------------------------------------------------------------------
 
-    def test_finds_the_fixed_point(self, solver: Solver, problem: FixedPointProblem) -> None:
+    def test_finds_the_fixed_point(self, problem: FixedPointProblem, solved: Run) -> None:
         """What it calls a success is one, and what it supports it solves."""
-        solution = self.run(problem.f, problem.z0, solver)
+        solution = solved.solution
         if self.supports(problem):
             expect(
                 solution.converged,
@@ -110,22 +125,34 @@ class SolverContract:
             )
 
     def test_reports_the_residual_of_what_it_returns(
-        self, solver: Solver, problem: FixedPointProblem
+        self, problem: FixedPointProblem, solved: Run
     ) -> None:
         """Undamped, and of exactly the returned state."""
-        solution = self.run(problem.f, problem.z0, solver)
+        solution = solved.solution
         image = problem.f(solution.z)
         promise = f"the residual reported on {problem.name} is that of the returned state"
         expect_close(solution.residual, rms(image - solution.z), promise, rtol=1e-6, atol=1e-14)
         relative = solution.residual / rms(image).clamp_min(1e-300)
         expect_close(solution.relative_residual, relative, promise, rtol=1e-6)
 
-    def test_counts_every_call(self, solver: Solver, problem: FixedPointProblem) -> None:
+    def test_counts_every_call(self, solver: Solver, solved: Run) -> None:
         """num_evals is what the map saw, and steps stay within the limit."""
-        f = Recorder(problem.f)
-        solution = self.run(f, problem.z0, solver)
-        expect_equal(solution.num_evals, f.num_calls, "num_evals is the number of calls of f")
+        solution = solved.solution
+        expect_equal(solution.num_evals, solved.f.num_calls, "num_evals is the calls of f")
         expect(solution.num_steps <= self.max_steps, "num_steps stays within max_steps")
+        if solver.single_evaluation:
+            steps = int(solution.num_steps.max())
+            expect_equal(solution.num_evals, 1 + steps, "one call for z0 and one for each step")
+
+    def test_a_finished_sample_does_not_move(self, problem: FixedPointProblem, solved: Run) -> None:
+        """The last call of f sees it where it finished."""
+        solution = solved.solution
+        early = solution.num_steps < solution.num_steps.max()
+        expect_equal(
+            solved.f.points[-1][early],
+            solution.z[early],
+            f"samples of {problem.name} that finished stay where they finished",
+        )
 
     def test_success_means_within_tolerance(
         self, solver: Solver, problem: FixedPointProblem
@@ -197,6 +224,8 @@ class SolverContract:
         expect_equal(solution.num_steps[others], clean.num_steps[others], "others keep their steps")
         expect_equal(int(solution.status[1]), int(Status.NONFINITE), "the NaN sample says so")
         expect(torch.isfinite(solution.z), "the returned state is finite")
+        before = rms(easy.f(solution.z) - solution.z)[1]
+        expect(before <= rms(easy.f(easy.z0) - easy.z0)[1], "it is no worse than z0")
         last = seen.points[-1]
         expect(torch.isfinite(last), "f is not shown NaN by the time the solve ends")
 
@@ -205,19 +234,6 @@ class SolverContract:
         solution = self.run(Spoiled(easy.f, row=2), easy.z0 + 0.25, solver)
         expect_equal(solution.z[2], easy.z0[2] + 0.25, "a sample that is NaN at z0 returns z0")
         expect_equal(int(solution.num_steps[2]), 0, "it makes no step")
-
-    def test_a_finished_sample_does_not_move(
-        self, solver: Solver, problem: FixedPointProblem
-    ) -> None:
-        """The last call of f sees it where it finished."""
-        f = Recorder(problem.f)
-        solution = self.run(f, problem.z0, solver)
-        early = solution.num_steps < solution.num_steps.max()
-        expect_equal(
-            f.points[-1][early],
-            solution.z[early],
-            f"samples of {problem.name} that finished stay where they finished",
-        )
 
     def test_a_solved_sample_makes_no_step(self, solver: Solver) -> None:
         """z0 at the fixed point of some samples costs them nothing, and the others nothing."""
@@ -237,12 +253,14 @@ class SolverContract:
     # --- side effects --------------------------------------------------------------------------
 
     def test_the_same_call_gives_the_same_bits(
-        self, solver: Solver, problem: FixedPointProblem
+        self, solver: Solver, problem: FixedPointProblem, solved: Run
     ) -> None:
         """Nothing is remembered between solves."""
-        first, second = (self.run(problem.f, problem.z0, solver) for _ in range(2))
+        again = self.run(problem.f, problem.z0, solver)
         for name in ("z", "status", "residual", "num_steps"):
-            expect_equal(getattr(first, name), getattr(second, name), f"{name} is reproducible")
+            expect_equal(
+                getattr(again, name), getattr(solved.solution, name), f"{name} is reproducible"
+            )
 
     def test_z0_and_images_are_not_written_to(
         self, solver: Solver, easy: FixedPointProblem
@@ -268,7 +286,7 @@ class SolverContract:
         inner = build("symmetric", seed=1)
 
         def f(z: Tensor) -> Tensor:
-            self.run(inner.f, inner.z0, solver)
+            self.run(inner.f, inner.z0, solver, max_steps=3)
             return easy.f(z)
 
         alone, nested = self.run(easy.f, easy.z0, solver), self.run(f, easy.z0, solver)
@@ -310,14 +328,23 @@ class SolverContract:
             expect_equal(getattr(solution, name).device.type, device, f"{name} stays on the device")
         expect(solution.converged, f"it converges on {device}")
 
-    @pytest.mark.parametrize("batch", [0, 1])
-    def test_small_batches(self, solver: Solver, batch: int) -> None:
-        """An empty batch is no failure, a single sample keeps its batch dimension."""
-        easy = build("tanh").rows(slice(0, batch))
-        solution = self.run(easy.f, easy.z0, solver, on_failure="raise")
-        expect_equal(tuple(solution.z.shape), (batch, 6), "the shape is kept")
+    @pytest.mark.parametrize("kind", STATES)
+    def test_every_kind_of_state(self, solver: Solver, kind: str) -> None:
+        """Trees, mixed dtypes, one problem, ragged batches, strides, batches of 0 and 1."""
+        given = StateProblem(kind)
+        tolerance = max(self.rtol, 2 * given.precision)
+        solution = self.run(
+            given, given.z0, solver, termination=Residual(tolerance, tolerance), **given.settings
+        )
+        expect_equal(
+            given.form_of(solution.z), given.form_of(given.z0), "tree, shapes, dtypes, layout stay"
+        )
         for name in ("status", "residual", "num_steps"):
-            expect_equal(tuple(getattr(solution, name).shape), (batch,), f"{name} is per sample")
+            shape = tuple(getattr(solution, name).shape)
+            expect_equal(shape, (given.num_problems,), f"{name} is per problem")
+        expect(solution.converged, f"every problem converges; {solution.residual.tolist()}")
+        found = given.join(solution.z)
+        expect_close(found, given.z_star, "to the fixed point", atol=20 * tolerance)
 
     @pytest.mark.parametrize("shape", [(), (1,), (2, 1, 3)])
     def test_any_shape_of_a_sample(self, solver: Solver, shape: tuple[int, ...]) -> None:
@@ -327,39 +354,13 @@ class SolverContract:
         expect_equal(tuple(solution.z.shape), (3, *shape), "the shape is kept")
         expect((solution.z - 0.7390851332151607).abs() < 1e2 * self.rtol, "cos(z) = z at 0.739")
 
-    def test_a_tree_of_tensors(self, solver: Solver, easy: FixedPointProblem) -> None:
-        """A state in parts has the solution of the state in one piece."""
-        wanted = self.run(easy.f, easy.z0, solver)
-
-        def f(state: dict[str, Any]) -> dict[str, Any]:
-            image = easy.f(torch.cat((state["a"], state["b"][0].flatten(1)), dim=1))
-            return {"a": image[:, :2], "b": (image[:, 2:].unflatten(1, (2, 2)),)}
-
-        parts = {"a": easy.z0[:, :2], "b": (easy.z0[:, 2:].unflatten(1, (2, 2)),)}
-        solution = self.run(f, parts, solver)
-        found = torch.cat((solution.z["a"], solution.z["b"][0].flatten(1)), dim=1)
-        expect_close(found, wanted.z, "the tree is solved like the vector", atol=1e-9)
-
-    @pytest.mark.parametrize("batch_dims", [0])
-    def test_the_whole_state_as_one_problem(
-        self, solver: Solver, easy: FixedPointProblem, batch_dims: Literal[0]
-    ) -> None:
-        """batch_dims=0: one status, one residual."""
-        solution = self.run(easy.f, easy.z0, solver, batch_dims=batch_dims)
-        expect_equal(solution.status.tolist(), [int(Status.SUCCESS)], "one problem, one status")
-        error = (solution.z - torch.as_tensor(easy.z_star)).abs()
-        expect(error < 1e3 * self.rtol, "the solution is that of the samples")
-
-    def test_a_strided_state(self, solver: Solver, easy: FixedPointProblem) -> None:
-        """z0 need not be contiguous."""
-        strided = easy.z0.T.contiguous().T
-        found, wanted = self.run(easy.f, strided, solver), self.run(easy.f, easy.z0, solver)
-        expect_close(found.z, wanted.z, "strides do not change the solution", atol=1e-12)
-
     def test_the_scale_of_the_state_changes_nothing(
         self, solver: Solver, easy: FixedPointProblem
     ) -> None:
-        """z in other units converges in the same steps; absolute constants would show here."""
+        """z in other units: a power of two only shifts exponents, so the bits agree.
+
+        An absolute constant anywhere (a ridge, a threshold, an epsilon) shows here.
+        """
         scale, tolerance = 2.0**-30, Residual(rtol=1e-6, atol=0.0)
         plain = self.run(easy.f, easy.z0, solver, termination=tolerance)
 
@@ -368,8 +369,28 @@ class SolverContract:
 
         scaled = self.run(in_other_units, easy.z0, solver, termination=tolerance)
         expect_equal(scaled.status, plain.status, "status does not depend on units")
-        expect((scaled.num_steps - plain.num_steps).abs() <= 1, "steps do not depend on units")
-        expect_close(scaled.z / scale, plain.z, "z scales with its units", atol=1e-4)
+        expect_equal(scaled.num_steps, plain.num_steps, "steps do not depend on units")
+        expect_equal(scaled.z / scale, plain.z, "z scales with its units")
+
+    @pytest.mark.parametrize("layout", ["expanded", "channels_last"])
+    def test_f_sees_the_memory_format_of_z0(self, solver: Solver, layout: str) -> None:
+        """At every step after the first; a contiguous state unless z0 is channels_last."""
+        wanted = torch.linspace(-1.0, 1.0, 48, dtype=torch.float64).view(2, 2, 3, 4)
+        zeros = torch.zeros_like(wanted)
+        z0 = {
+            "expanded": zeros[0, 0, 0, 0].expand(2, 2, 3, 4),
+            "channels_last": zeros.contiguous(memory_format=torch.channels_last),
+        }[layout]
+        seen: list[tuple[int, ...]] = []
+
+        def f(z: Tensor) -> Tensor:
+            seen.append(z.stride())
+            return wanted + 0.5 * (z - wanted).flip(1)
+
+        solution = self.run(f, z0, solver)
+        strides = z0.stride() if layout == "channels_last" else wanted.stride()
+        expect_equal(set(seen[1:]), {strides}, "f sees the memory format of z0")
+        expect_equal(solution.z.stride(), strides, "the solution has it too")
 
     # --- limits and reports --------------------------------------------------------------------
 
@@ -414,8 +435,7 @@ class SolverContract:
 
     def test_implicit_gradients_are_exact(self, solver: Solver, problem: FixedPointProblem) -> None:
         """Of every parameter, against the dense solution of (I - J^T) u = g."""
-        if not self.supports(problem) or not bool(torch.isfinite(problem.conditioning).all()):
-            return
+        self._skip_without_a_gradient(problem)
         live = problem.differentiable()
         solution = solve(
             live.f,
@@ -430,8 +450,7 @@ class SolverContract:
 
     def test_solves_the_backward_system(self, solver: Solver, problem: FixedPointProblem) -> None:
         """As the solver of u = J^T u + g on the same problems."""
-        if not self.supports(problem) or not bool(torch.isfinite(problem.conditioning).all()):
-            return
+        self._skip_without_a_gradient(problem)
         live = problem.differentiable()
         solution = solve(
             live.f,
@@ -463,6 +482,12 @@ class SolverContract:
         )
         self._expect_dense_gradients(live, solution, accuracy=1e-3)
 
+    def _skip_without_a_gradient(self, problem: FixedPointProblem) -> None:
+        if not self.supports(problem):
+            pytest.skip(f"{problem.name} is not supported")
+        if not bool(torch.isfinite(problem.conditioning).all()):
+            pytest.skip(f"{problem.name} has no implicit gradient")
+
     def _expect_dense_gradients(
         self, live: FixedPointProblem, solution: Solution, accuracy: float | None = None
     ) -> None:
@@ -481,3 +506,16 @@ class SolverContract:
             error <= allowed,
             f"the gradient of {live.name} is off by {error:.1e}, allowed are {allowed:.1e}",
         )
+
+
+# By class, so that a solver that writes where it must not spoils its own tests only.
+@cache
+def _built_once(contract: type[SolverContract], name: str) -> FixedPointProblem:
+    return build(name)
+
+
+@cache
+def _solved_once(contract: type[SolverContract], name: str) -> Run:
+    tests, problem = contract(), _built_once(contract, name)
+    f = Recorder(problem.f)
+    return Run(tests.run(f, problem.z0, tests.make_solver()), f)

@@ -1,0 +1,331 @@
+"""What cannot work says so: which argument, what came, and what to do instead.
+
+Settings of single methods are tested beside them; here is what concerns a solve as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from equilibria import (
+    DEQ,
+    GMRES,
+    Adjoint,
+    Anderson,
+    AnyOf,
+    Broyden,
+    Cell,
+    ConvergenceError,
+    ConvergenceWarning,
+    Divergence,
+    Fallback,
+    FixedPoint,
+    FixedSteps,
+    Implicit,
+    NeumannSeries,
+    NewtonKrylov,
+    Phantom,
+    Picard,
+    Residual,
+    Reversible,
+    Solver,
+    Stagnation,
+    StateError,
+    Status,
+    ToleranceSchedule,
+    Unrolled,
+    UserError,
+    solve,
+)
+
+Z0 = torch.zeros(2, 3)
+IN_PLACE = "f wrote to the state that it was given.*z.clone()"
+
+
+def contraction(z: Tensor) -> Tensor:
+    return 0.5 * z + 1.0
+
+
+# --- f -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Unrolled()], ids=repr)
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (lambda z: z[:1], r"f\(z\) has shape \(1, 3\), z has \(2, 3\); f must keep the shape"),
+        (lambda z: z.T, r"f\(z\) has shape \(3, 2\), z has \(2, 3\)"),
+        (lambda z: z.double(), "torch.float64, z is torch.float32; start from a z0 of torch.float"),
+        (lambda z: z.long(), "is torch.int64, z is torch.float32"),
+        (lambda z: z.to("meta"), r"f\(z\) is on meta, z on cpu; f must keep the device"),
+        (
+            lambda z: (z, z),
+            "f returned the tree .*tuple.* its input is a tensor; f must return a state",
+        ),
+        (lambda z: {"z": z}, "f returned the tree .*dict"),
+        (lambda z: None, r"f\(z\) is a NoneType, expected a tensor"),
+        (lambda z: 1.0, r"f\(z\) is a float, expected a tensor"),
+    ],
+)
+def test_f_changes_the_form_of_the_state(
+    f: Callable[[Tensor], Any], message: str, with_grad: bool, adjoint: Adjoint
+) -> None:
+    with torch.set_grad_enabled(with_grad), pytest.raises(StateError, match=message):
+        solve(f, Z0, adjoint=adjoint)
+
+
+def test_f_changes_the_form_of_the_state_at_a_later_step() -> None:
+    num_calls = 0
+
+    def f(z: Tensor) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return contraction(z) if num_calls < 4 else contraction(z).double()
+
+    with pytest.raises(StateError, match="is torch.float64"):
+        solve(f, Z0)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=repr)
+@pytest.mark.parametrize(
+    "f",
+    [lambda z: z.mul_(0.5).add_(1.0), lambda z: z.add_(1.0) * 0.5],
+    ids=["returned", "another returned"],
+)
+def test_f_writes_to_its_argument(f: Any, solver: Solver, mode: Any) -> None:
+    """Then z and f(z) would be one tensor and any point a fixed point: success at nonsense."""
+    with mode():
+        with pytest.raises(UserError, match=IN_PLACE):
+            solve(f, torch.zeros(2, 3), solver=solver)
+        fine = solve(lambda z: f(z.clone()), torch.zeros(2, 3), solver=solver)
+    assert bool(fine.converged.all())
+
+
+def test_f_may_return_its_argument_itself() -> None:
+    solution = solve(lambda z: z, torch.ones(2, 3), on_failure="raise")
+    assert torch.equal(solution.z, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (3, "f is a int, expected a function"),
+        (None, "f is a NoneType, expected a function"),
+        (Z0, "f is a Tensor.*f comes first, then z0"),
+    ],
+)
+def test_f_is_no_function(f: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        solve(f, Z0)
+
+
+def test_an_error_inside_f_is_passed_on_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        solve(lambda z: z + torch.zeros(5, 3), Z0)
+
+
+# --- z0 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("z0", "message"),
+    [
+        (None, "z0 is a NoneType, expected a tensor"),
+        (1.0, "z0 is a float, expected a tensor"),
+        ([[0.0, 1.0]], r"z0\[0\]\[0\] is a float, expected a tensor"),
+        ({}, "holds no tensors"),
+        (torch.zeros(2, 3, dtype=torch.int32), "dtype torch.int32, expected a real floating"),
+        (torch.zeros(2, 3, dtype=torch.bool), "dtype torch.bool"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "torch.view_as_real"),
+        (torch.tensor(1.0), r"has no dimensions, expected \(batch, ...\); pass batch_dims=0"),
+        (torch.zeros(2, 3).to_sparse(), r"torch.sparse_coo; give a dense tensor, z0.to_dense\(\)"),
+        (torch.zeros(2, 3, device="meta"), "meta device and holds no numbers"),
+        ((Z0, torch.zeros(3, 3)), r"z0\[1\] has batch size 3.*has 2; every tensor of a state"),
+        ({"a": Z0, "b": torch.zeros(2, device="meta")}, r"z0\['b'\] is on meta.*one device"),
+    ],
+)
+def test_z0_is_no_state(z0: Any, message: str) -> None:
+    with pytest.raises(StateError, match=message):
+        solve(lambda z: z, z0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), NewtonKrylov()], ids=repr)
+def test_z0_is_not_finite(solver: Solver, bad: float) -> None:
+    """A matter of one sample: it says so and stays as it is, the others are solved."""
+    z0 = torch.zeros(3, 2, dtype=torch.float64)
+    z0[1, 0] = bad
+    solution = solve(contraction, z0, solver=solver, on_failure="ignore")
+    assert solution.status.tolist() == [Status.SUCCESS, Status.NONFINITE, Status.SUCCESS]
+    assert torch.equal(solution.z[1].nan_to_num(), z0[1].nan_to_num())
+    torch.testing.assert_close(
+        solution.z[[0, 2]], torch.full((2, 2), 2.0).double(), rtol=1e-3, atol=0
+    )
+    with pytest.raises(ConvergenceError, match="1 NONFINITE.*NaN or infinity; look at the inputs"):
+        solve(contraction, z0, solver=solver, on_failure="raise")
+    with pytest.warns(ConvergenceWarning, match="NaN or infinity"):
+        solve(contraction, z0, solver=solver)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_f_is_not_finite(bad: float) -> None:
+    factor = torch.tensor([[1.0], [bad]])
+    with pytest.raises(ConvergenceError, match="of 2 samples 1 NONFINITE"):
+        solve(lambda z: factor * torch.cos(z), Z0, on_failure="raise")
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_steps", [0, -3, 2.0, True, "9", None])
+def test_step_limits(max_steps: Any) -> None:
+    with pytest.raises(UserError, match=f"max_steps={max_steps!r} allows no step; give an integer"):
+        solve(contraction, Z0, max_steps=max_steps)
+    with pytest.raises(UserError, match=f"max_steps={max_steps!r} must be an integer"):
+        Implicit(max_steps=max_steps)
+
+
+@pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf"), "1e-3", None, True])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda value: Residual(value), "rtol"),
+        (lambda value: Residual(1e-3, value), "atol"),
+        (lambda value: Implicit(rtol=value), "rtol"),
+        (lambda value: Implicit(atol=value), "atol"),
+        (lambda value: ToleranceSchedule(value, 1e-3, num_steps=5), "start_rtol"),
+        (lambda value: ToleranceSchedule(1e-3, value, num_steps=5), "end_rtol"),
+        (lambda value: Anderson(ridge=value), "ridge"),
+        (lambda value: Divergence(residual_factor=value), "residual_factor"),
+    ],
+    ids=["Residual", "atol", "Implicit", "Implicit-atol", "start", "end", "ridge", "Divergence"],
+)
+def test_tolerances(make: Callable[[Any], Any], name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"{name}={value!r} must be a finite number of at least 0"):
+        make(value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Residual(0.0, 0.0), "both 0, which no solve can reach; .*FixedSteps"),
+        (lambda: Implicit(rtol=0.0), "rtol and atol of Implicit are both 0"),
+        (lambda: FixedSteps(0), "num_steps=0 must be an integer"),
+        (lambda: Stagnation(-1), "num_steps=-1"),
+        (lambda: GMRES(restart=0), "restart=0"),
+        (lambda: Phantom(0), "num_steps=0"),
+        (lambda: NeumannSeries(0), "num_terms=0"),
+        (lambda: Picard(relaxation=0.0), "relaxation=0.0 must lie between 0 and 2"),
+        (lambda: Reversible(relaxation=1.0), "relaxation=1.0 of Reversible must lie between 0 and"),
+        (lambda: AnyOf(), "needs at least one rule"),
+        (lambda: Fallback(Anderson()), "got 1 solvers and needs at least 2"),
+    ],
+)
+def test_other_numbers(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+# --- pairs that cannot work together -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "solver", [NewtonKrylov(), Fallback(Picard(), NewtonKrylov(), num_steps=1)]
+)
+def test_newton_krylov_cannot_be_unrolled(solver: Solver) -> None:
+    with pytest.raises(UserError, match=r"cannot be unrolled.*use adjoint=Implicit\(\)"):
+        solve(lambda z: 1.0 - 3.0 * z, Z0, solver=solver, adjoint=Unrolled(), on_failure="ignore")
+
+
+def test_a_reversible_solve_too_long_for_its_dtype() -> None:
+    message = "max_steps=50 steps in torch.float32.*at most 8, start from a float64 z0"
+    with pytest.raises(UserError, match=message):
+        solve(contraction, Z0, solver=Reversible(), max_steps=50)
+
+
+def test_segments_and_one_global_problem() -> None:
+    with pytest.raises(UserError, match="segments and batch_dims=0 contradict each other"):
+        solve(contraction, Z0, segments=torch.tensor([0, 1]), batch_dims=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"solver": GMRES()}, r"solver=GMRES.* is no Solver"),
+        ({"solver": Implicit()}, "is no Solver; give for example"),
+        ({"adjoint": Anderson()}, "is no Adjoint; give for example"),
+        ({"adjoint": "implicit"}, "adjoint='implicit' is no Adjoint"),
+        ({"termination": Anderson()}, "is no Termination; give for example"),
+        ({"termination": 1e-3}, "termination=0.001 is no Termination"),
+        ({"segments": [0, 1]}, "segments is a list, expected a tensor of integers"),
+        ({"segments": torch.tensor([0])}, "segments has 1 entries, the state has 2 rows"),
+        ({"segments": torch.tensor([True, False])}, "give one integer per row"),
+        ({"batch_dims": 2}, "batch_dims must be 0 .* or 1, not 2"),
+        ({"states": 0}, "states=0 must be an integer of at least 1"),
+        ({"states": [99]}, "steps outside 1 to max_steps=50"),
+        ({"states": "every"}, "states='every' is no choice"),
+        ({"inputs": [3]}, "inputs is a list that is no list of tensors"),
+        ({"inputs": Z0}, "inputs is a Tensor that is no list of tensors"),
+        ({"keep": "first"}, "keep='first' is not one of 'best', 'last'"),
+        ({"on_failure": "stop"}, "on_failure='stop' is not one of"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        solve(contraction, Z0, **arguments)
+
+
+def test_linear_solvers_and_solvers_are_told_apart() -> None:
+    with pytest.raises(UserError, match="neither a fixed-point solver nor a linear one"):
+        Implicit(solver=Residual())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="is no linear solver; give for example GMRES"):
+        NewtonKrylov(linear=Anderson())  # type: ignore[arg-type]
+
+
+def test_unknown_options_are_no_silent_typos() -> None:
+    for call in (
+        lambda: solve(contraction, Z0, tol=1e-3),  # type: ignore[call-arg]
+        lambda: DEQ(Plain(), tol=1e-3),  # type: ignore[call-arg]
+        lambda: Anderson(m=5),  # type: ignore[call-arg]
+        lambda: FixedPoint(Anderson(), tol=1e-3),  # type: ignore[call-arg]
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            call()
+
+
+# --- DEQ ---------------------------------------------------------------------------------------
+
+
+class Plain(Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def inject(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def initial_state(self, injection: Tensor) -> Tensor:
+        return torch.zeros_like(injection)
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        return 0.5 * z + injection
+
+
+def test_a_z0_that_does_not_fit_the_cell() -> None:
+    deq, x = DEQ(Plain()), torch.randn(2, 3)
+    with pytest.raises(StateError, match=r"f\(z\) has shape \(2, 3\), z has \(1, 3\)"):
+        deq(x, z0=torch.zeros(1, 3))
+    with pytest.raises(StateError, match="is torch.float32, z is torch.bfloat16"):
+        deq(x, z0=torch.zeros(2, 3).bfloat16())
+
+
+def test_an_unknown_input_of_the_cell() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        DEQ(Plain())(torch.randn(2, 3), mask=None)
