@@ -201,6 +201,26 @@ def test_one_spike_neither_flattens_the_losses_nor_goes_unsaid() -> None:
     assert any("highest loss 1e+06, off the top" in text for text in said(figure))
 
 
+def test_losses_of_many_sizes_get_a_logarithmic_axis() -> None:
+    figure = draw_loss([train_record(s, 10.0 ** (-s / 10)) for s in range(1, 61)])
+    assert figure is not None
+    assert figure.axes[0].get_yscale() == "log"
+    figure = draw_loss(
+        [train_record(s, 10.0 ** (-s / 10)) for s in range(1, 61)]
+        + [{"kind": "valid", "step": 60, "loss": 3.5e-6}]
+    )
+    assert "lowest validation loss 3.50e-06 at step 60" in said(figure)
+    figure = draw_loss(full_run())
+    assert figure is not None
+    assert figure.axes[0].get_yscale() == "linear"
+
+
+def test_an_explicit_model_has_no_picture_of_a_solver(tmp_path: Path) -> None:
+    records = [{"kind": "train", "step": s, "phase": "explicit", "loss": 1 / s} for s in (1, 2, 3)]
+    write(tmp_path, *records)
+    assert [file.name for file in plot_run(tmp_path)] == ["loss.png"]
+
+
 def test_baselines_are_in_the_units_of_the_axis_and_named() -> None:
     bits = {"five_gram": 2.0, "xz": 2.1, "unigram": 60.0, "broken": math.nan}
     figure = draw_loss(full_run(), bits)

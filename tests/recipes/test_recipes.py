@@ -18,9 +18,17 @@ from equilibria.train.run_folder import RunFolder
 NAMES = recipes.names()
 # What makes any recipe tiny; options that a recipe does not have are left out.
 TINY: dict[str, Any] = {
-    "data": {"valid_fraction": 0.1, "test_fraction": 0.1},
+    "data": {
+        "valid_fraction": 0.1,
+        "test_fraction": 0.1,
+        "num_blanks": 8,
+        "num_valid": 2,
+        "num_test": 2,
+    },
     "model": {
         "d_model": 8,
+        "d_hidden": 8,
+        "num_blocks": 2,
         "num_heads": 2,
         "d_inner": 12,
         "solve": {"max_steps": 4, "eval_max_steps": 4},
@@ -39,7 +47,10 @@ def _known(options: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tiny(experiment: Experiment, text_file: Path) -> Experiment:
-    small = from_json(experiment, _known(TINY, to_json(experiment)))
+    present = to_json(experiment)
+    if not experiment.task.pretrain_steps:  # an explicit model has nothing to unroll
+        del present["task"]["pretrain_steps"]
+    small = from_json(experiment, _known(TINY, present))
     return from_json(small, _known({"data": {"path": str(text_file)}}, to_json(experiment)))
 
 

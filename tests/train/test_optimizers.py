@@ -25,6 +25,19 @@ def test_warm_up_is_linear_and_never_zero() -> None:
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0])
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "radam"])
+def test_beta2_reaches_the_optimizer(name: Any) -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = OptimizerConfig(name=name, beta2=0.95).build([parameter])
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("beta2", [1.0, -0.1, math.nan])
+def test_beta2_is_a_decay(beta2: float) -> None:
+    with pytest.raises(UserError, match="beta2=.* must be at least 0 and below 1, such as 0.98"):
+        OptimizerConfig(beta2=beta2)
+
+
 def test_cosine_goes_from_the_peak_to_its_share() -> None:
     rates = _rates(101, warmup_steps=1, schedule="cosine", final_fraction=0.1)
     assert rates[:2] == pytest.approx([1.0, 1.0])

@@ -65,6 +65,26 @@ def test_a_record_is_the_mean_of_its_steps(interval: Interval) -> None:
     )
 
 
+def test_an_explicit_model_has_a_loss_and_no_solves() -> None:
+    interval, clock = Interval(), Clock()
+    for loss, recall in ((2.0, 0.25), (1.0, 0.75)):
+        figures = {"recall": torch.tensor(recall)}
+        step = StepLoss(torch.tensor(loss), 30, None, "explicit", figures)
+        interval.add(step, torch.tensor(4.0), 1.5)
+        clock.add(step.solution, 1.5)
+    expected = {
+        "loss": 1.5,
+        "gradient_norm": 4.0,
+        "recall": 0.5,
+        "seconds": 3.0,
+        "tokens_per_second": 20.0,
+    }
+    assert interval.record() == pytest.approx(expected)
+    assert clock.as_dict()["rest_seconds"] == 3.0
+    restored = Interval.from_state_dict(interval.state_dict(), torch.device("cpu"))
+    assert restored.record() == interval.record()
+
+
 def test_without_a_backward_solve_there_are_no_figures_of_it() -> None:
     interval = Interval()
     interval.add(_step(1.0, _solution([1], [0.0], None)), torch.tensor(0.0), 0.0)

@@ -7,13 +7,21 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from equilibria import UserError
+from equilibria.models.config import ModelConfig
+from equilibria.models.recurrent import RecurrentConfig
+from equilibria.models.tcn import TCNConfig
+from equilibria.tasks.copy_memory import CopyMemoryConfig
 from equilibria.train.experiment import Experiment
 from equilibria.train.loop import Trainer, TrainingError
+from equilibria.train.run_folder import RunFolder
 
 TrainerFactory = Callable[..., Trainer]
 
@@ -211,6 +219,36 @@ def test_stopping_where_a_checkpoint_is_due_writes_it_once(
     trainer.task.training_loss = interrupted  # pyright: ignore[reportAttributeAccessIssue]
     assert trainer.fit() == 130
     assert saved == [6]
+
+
+@pytest.mark.parametrize("model", [RecurrentConfig(unit="lstm"), TCNConfig(num_blocks=2)])
+def test_explicit_models_train_on_text_too(
+    experiment: Experiment, tmp_path: Path, model: ModelConfig
+) -> None:
+    """With their own memory from segment to segment, and without figures of solves."""
+    task_config = replace(experiment.task, pretrain_steps=0)  # pyright: ignore[reportArgumentType]
+    explicit = replace(experiment, model=model, task=task_config)
+    run = RunFolder.create(tmp_path, "explicit")
+    trainer = Trainer(explicit, explicit.build_task(explicit.data.load()), run)
+    assert trainer.fit() == 0
+    assert trainer.statistics.as_dict() is None
+    records = [record for record in run.metrics() if record["kind"] == "train"]
+    assert {record["phase"] for record in records} == {"explicit"}
+    assert not any("num_evals" in record for record in records)
+    resumed = Trainer(explicit, explicit.build_task(explicit.data.load()), run)
+    resumed.resume()
+    assert resumed.task.state_dict()["memory"]
+
+
+def test_pretraining_needs_an_equilibrium(experiment: Experiment) -> None:
+    with pytest.raises(UserError, match="pretrain_steps=4, but TCNConfig is an explicit model"):
+        replace(experiment, model=TCNConfig())
+
+
+def test_task_and_data_have_to_belong_together(experiment: Experiment) -> None:
+    foreign = replace(experiment, task=CopyMemoryConfig())
+    with pytest.raises(UserError, match="CopyMemoryConfig cannot learn from TextCorpus"):
+        foreign.build_task(foreign.data.load())
 
 
 def test_statistics_are_of_equilibria_only(

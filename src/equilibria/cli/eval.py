@@ -13,8 +13,12 @@ import tyro
 from equilibria.cli.parsing import parse
 from equilibria.cli.positional import split_run
 from equilibria.cli.runs import load_task, open_run
+from equilibria.core.errors import UserError
 from equilibria.core.solver import Solver
 from equilibria.models.config import with_evaluation_solve
+from equilibria.tasks.language_modeling import LanguageModelingConfig
+from equilibria.tasks.task import Evaluation, TaskConfig
+from equilibria.train.progress import readable
 from equilibria.train.statistics import summarize_solves
 
 
@@ -44,26 +48,43 @@ def main(arguments: Sequence[str]) -> int:
     default = EvalOptions()
     options = parse(default, rest, prog="equilibria eval RUN", description="Score a run.")
     run, experiment = open_run(Path(path))
-    task_config = replace(
-        experiment.task,
-        eval_memory_length=(
-            experiment.task.eval_memory_length if options.mem_len is None else options.mem_len
-        ),
-        eval_streams=(experiment.task.eval_streams if options.streams is None else options.streams),
-    )
+    task_config = _with_text_options(experiment.task, options)
     model = with_evaluation_solve(experiment.model, options.solver, options.max_steps, options.rtol)
     task, _, step = load_task(
         run, replace(experiment, task=task_config, model=model), options.checkpoint
     )
     result = task.evaluate(options.split)
-    solves = summarize_solves(result.num_evals, result.relative_residual)
-    evals, residual = solves["num_evals"], solves["relative_residual"]
-    print(
-        f"{options.split} split, checkpoint of step {step}, {result.num_items} tokens\n"
-        f"loss {result.loss:.4f} nats, perplexity {math.exp(min(result.loss, 700.0)):.3f}, "
-        f"{result.loss / math.log(2.0):.4f} bits per token\n"
-        f"function evaluations mean {evals['mean']:.1f}, 95th percentile {evals['p95']:.0f}\n"
-        f"relative residual mean {residual['mean']:.1e}, 95th percentile {residual['p95']:.1e}\n"
-        f"{result.seconds:.1f} s, {result.num_items / result.seconds:.0f} tokens/s"
-    )
+    print(f"{options.split} split, checkpoint of step {step}, {result.num_items} tokens")
+    print(_render_loss(result, on_text=isinstance(task_config, LanguageModelingConfig)))
+    if result.num_evals.numel():
+        solves = summarize_solves(result.num_evals, result.relative_residual)
+        evals, residual = solves["num_evals"], solves["relative_residual"]
+        print(
+            f"function evaluations mean {evals['mean']:.1f}, 95th percentile {evals['p95']:.0f}\n"
+            f"relative residual mean {residual['mean']:.1e}, 95th percentile {residual['p95']:.1e}"
+        )
+    print(f"{result.seconds:.1f} s, {result.num_items / result.seconds:.0f} tokens/s")
     return 0
+
+
+def _with_text_options(task: TaskConfig, options: EvalOptions) -> TaskConfig:
+    """Change memory and streams, which only language modelling has.
+
+    Raises:
+        UserError: one of them is given for another task.
+    """
+    given = {"eval_memory_length": options.mem_len, "eval_streams": options.streams}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if changes and not isinstance(task, LanguageModelingConfig):
+        raise UserError("the run is no language model; leave out --mem-len and --streams")
+    return replace(task, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def _render_loss(result: Evaluation, *, on_text: bool) -> str:
+    if on_text:
+        return (
+            f"loss {result.loss:.4f} nats, perplexity {math.exp(min(result.loss, 700.0)):.3f}, "
+            f"{result.loss / math.log(2.0):.4f} bits per token"
+        )
+    figures = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.figures.items())
+    return ", ".join([f"loss {readable(result.loss, 4)} nats", *figures])

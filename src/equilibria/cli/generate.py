@@ -9,7 +9,7 @@ from pathlib import Path
 
 from equilibria.cli.parsing import parse
 from equilibria.cli.positional import split_run
-from equilibria.cli.runs import load_task, open_run
+from equilibria.cli.runs import load_task, on_text, open_run
 from equilibria.tasks.generation import SamplingConfig, generate
 
 
@@ -32,11 +32,12 @@ def main(arguments: Sequence[str]) -> int:
         GenerateOptions(), rest, prog="equilibria generate RUN", description="Continue a text."
     )
     run, experiment = open_run(Path(path))
-    task, corpus, _ = load_task(run, experiment, options.checkpoint)
+    task, corpus = on_text(*load_task(run, experiment, options.checkpoint)[:2])
+    config = task.config
     prompt = options.prompt
     if prompt is None:
-        prompt = corpus.vocabulary.decode(corpus.valid[: experiment.task.segment_length])
-    context = experiment.task.segment_length + experiment.task.memory_length_in_evaluation
+        prompt = corpus.vocabulary.decode(corpus.valid[: config.segment_length])
+    context = config.segment_length + config.memory_length_in_evaluation
     new = generate(
         task.language_model,
         corpus.vocabulary.encode(prompt),

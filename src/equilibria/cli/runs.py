@@ -7,7 +7,8 @@ from pathlib import Path
 from equilibria.cli.train import check_data, load_config
 from equilibria.core.errors import UserError
 from equilibria.tasks.language_modeling import LanguageModeling
-from equilibria.train.experiment import Corpus, Experiment
+from equilibria.tasks.task import Task
+from equilibria.train.experiment import Corpus, Data, Experiment
 from equilibria.train.run_folder import RunFolder
 
 
@@ -22,20 +23,32 @@ def open_run(path: Path) -> tuple[RunFolder, Experiment]:
     return run, load_config(str(run.config_file))[1]
 
 
-def load_task(
-    run: RunFolder, experiment: Experiment, checkpoint: str
-) -> tuple[LanguageModeling, Corpus, int]:
+def load_task(run: RunFolder, experiment: Experiment, checkpoint: str) -> tuple[Task, Data, int]:
     """Build the task of a run with the weights of a checkpoint: "best", "last" or a step.
 
     Raises:
         UserError: no such checkpoint, other data, or weights that do not fit.
     """
     step = _checkpoint_step(run, checkpoint)
-    corpus = experiment.data.load()
-    check_data(run, corpus)
-    task = experiment.build_task(corpus)
+    data = experiment.data.load()
+    check_data(run, data)
+    task = experiment.build_task(data)
     run.checkpoints.load_weights(step, task.model)
-    return task, corpus, step
+    return task, data, step
+
+
+def on_text(task: Task, data: Data) -> tuple[LanguageModeling, Corpus]:
+    """The same task and data, known to be language modelling on a text.
+
+    Raises:
+        UserError: they are not.
+    """
+    if not isinstance(task, LanguageModeling) or not isinstance(data, Corpus):
+        raise UserError(
+            f"the run is {type(task).__name__} on {data.describe()['name']}; only a language "
+            "model of a text can continue one"
+        )
+    return task, data
 
 
 def _checkpoint_step(run: RunFolder, checkpoint: str) -> int:

@@ -15,7 +15,7 @@ from equilibria.cli.parsing import parse
 from equilibria.core.errors import UserError
 from equilibria.train.config_file import from_json
 from equilibria.train.environment import describe_environment
-from equilibria.train.experiment import Corpus, Experiment
+from equilibria.train.experiment import Corpus, Data, Experiment
 from equilibria.train.files import read_json
 from equilibria.train.loop import Trainer, TrainingError
 from equilibria.train.report import finish, render
@@ -26,15 +26,15 @@ def main(arguments: Sequence[str]) -> int:
     """Train; 0 when finished, 128 + signal when stopped and saved, 1 when loss is not finite."""
     given = list(arguments)
     if "--resume" in given or any(word.startswith("--resume=") for word in given):
-        trainer, corpus = _resume(given)
+        trainer, data = _resume(given)
     else:
-        trainer, corpus = _start(given)
+        trainer, data = _start(given)
     try:
         exit_code = trainer.fit()
         if exit_code:
             _say_how_to_go_on(trainer, f"stopped after step {trainer.step} and saved")
             return exit_code
-        summary = finish(trainer, corpus)
+        summary = finish(trainer, data)
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_TRAINING_ERROR
@@ -78,25 +78,26 @@ def load_config(source: str | None) -> tuple[str, Experiment, str]:
     return recipe.name, recipe.experiment, f"{recipe.description}. Expected: {recipe.expected}"
 
 
-def _start(given: list[str]) -> tuple[Trainer, Corpus]:
+def _start(given: list[str]) -> tuple[Trainer, Data]:
     source = given.pop(0) if given and not given[0].startswith("-") else None
     name, default, description = load_config(source)
     experiment = parse(default, given, prog=f"equilibria train {name}", description=description)
-    corpus = experiment.data.load()
-    task = experiment.build_task(corpus)
+    data = experiment.data.load()
+    task = experiment.build_task(data)
     run = RunFolder.create(experiment.train.folder, name)
     run.write_config(name, experiment)
     run.write_json(
         "environment.json",
-        {**describe_environment(experiment.train.torch_device()), "data": corpus.describe()},
+        {**describe_environment(experiment.train.torch_device()), "data": data.describe()},
     )
-    run.write_json("vocabulary.json", json.loads(corpus.vocabulary.to_json()))
+    if isinstance(data, Corpus):
+        run.write_json("vocabulary.json", json.loads(data.vocabulary.to_json()))
     size = sum(p.numel() for p in task.model.parameters())
     print(f"recipe {name}, {size:,} parameters, run folder {run.path}", file=sys.stderr)
-    return Trainer(experiment, task, run), corpus
+    return Trainer(experiment, task, run), data
 
 
-def _resume(given: list[str]) -> tuple[Trainer, Corpus]:
+def _resume(given: list[str]) -> tuple[Trainer, Data]:
     folder = given[0].partition("=")[2] if len(given) == 1 else given[-1]
     if len(given) > 2 or not folder or folder.startswith("--"):
         raise UserError(
@@ -105,16 +106,16 @@ def _resume(given: list[str]) -> tuple[Trainer, Corpus]:
         )
     run = RunFolder.open(Path(folder))
     _, experiment, _ = load_config(str(run.config_file))
-    corpus = experiment.data.load()
-    check_data(run, corpus)
-    trainer = Trainer(experiment, experiment.build_task(corpus), run)
+    data = experiment.data.load()
+    check_data(run, data)
+    trainer = Trainer(experiment, experiment.build_task(data), run)
     trainer.resume()
     print(f"going on after step {trainer.step} in {run.path}", file=sys.stderr)
-    return trainer, corpus
+    return trainer, data
 
 
-def check_data(run: RunFolder, corpus: Corpus) -> None:
-    """Refuse to go on with a run on another text than it began with.
+def check_data(run: RunFolder, data: Data) -> None:
+    """Refuse to go on with a run on other data than it began with.
 
     Raises:
         UserError: the digest differs, or was not recorded.
@@ -127,7 +128,7 @@ def check_data(run: RunFolder, corpus: Corpus) -> None:
                 f"environment.json in {run.path} does not say which text the run read; restore "
                 "it, or train again from its config.json"
             )
-    present = corpus.describe()
+    present = data.describe()
     if digest == present["digest"]:
         return
     then, now = recorded.get("python_version"), present.get("python_version")

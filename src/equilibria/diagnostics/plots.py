@@ -31,6 +31,7 @@ Points = list[tuple[float, float]]  # (step, value), by step; a value that is no
 _FORWARD, _BACKWARD, _FAILED, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#595959"
 _INCHES, _DPI = (8.0, 5.0), 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.11, 0.91, 0.84, 0.115
+_LINEAR_SPAN = 200.0  # losses further apart than this get a logarithmic axis
 _LABEL_ROOM = 0.25  # free room for labels right of the last step, relative to the steps
 _BASELINE_NAMES = {"five_gram": "5-gram"}
 
@@ -113,8 +114,12 @@ def draw_loss(records: list[Record], baselines: Mapping[str, float] | None = Non
         for name, bits in (baselines or {}).items()
         if math.isfinite(bits)
     }
-    bottom, top = _loss_limits(_finite(train) + _finite(valid), list(references.values()))
-    axes.set_ylim(bottom, top)
+    losses = _finite(train) + _finite(valid)
+    if min(losses) * _LINEAR_SPAN > _usual_top(losses):
+        axes.set_ylim(*_loss_limits(losses, list(references.values())))
+    else:
+        _log_scale(axes, losses + list(references.values()))
+    bottom, top = axes.get_ylim()
     ends = [_End("train, smoothed" if _reach(train) else "train", smooth, _FORWARD)]
     ends += [_End("validation", valid, _BACKWARD)]
     for name, loss in references.items():
@@ -131,8 +136,9 @@ def draw_loss(records: list[Record], baselines: Mapping[str, float] | None = Non
     notes: list[str] = []
     if _finite(valid):
         step, lowest = min((p for p in valid if math.isfinite(p[1])), key=lambda p: p[1])
-        notes.append(f"lowest validation loss {lowest:.3f} at step {step:,.0f}")
-    highest = max(_finite(train) + _finite(valid))
+        shown = f"{lowest:.3f}" if lowest >= 0.05 else f"{lowest:.2e}"
+        notes.append(f"lowest validation loss {shown} at step {step:,.0f}")
+    highest = max(losses)
     if highest > top:
         notes.append(f"highest loss {highest:.3g}, off the top")
     num_failed = len(train) - len(_finite(train))
@@ -445,13 +451,16 @@ def _log_scale(axes: Axes, values: list[float]) -> None:
 
 
 def _loss_limits(losses: list[float], references: list[float]) -> tuple[float, float]:
-    """Range of the losses without the highest 3 %: the first descent, or a spike, flattens all."""
-    ordered = sorted(losses)
-    top = ordered[min(int(0.97 * len(ordered)), len(ordered) - 1)]
-    top = max([top, *(loss for loss in references if loss <= ordered[-1])])
-    bottom = min([ordered[0], *references])
+    """Range of the usual losses and of the references among them."""
+    top = max([_usual_top(losses), *(loss for loss in references if loss <= max(losses))])
+    bottom = min([*losses, *references])
     margin = 0.07 * (top - bottom) or 0.1 * abs(top) or 0.1
     return bottom - margin, top + 1.8 * margin  # above: the name of the border
+
+
+def _usual_top(losses: list[float]) -> float:
+    """The highest but for 3 %: the first descent, or a spike, would flatten all the rest."""
+    return sorted(losses)[min(int(0.97 * len(losses)), len(losses) - 1)]
 
 
 def _to_bits(nats: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.solution import Solution
 from equilibria.models.config import unrolled_settings
-from equilibria.tasks.task import Evaluation, Split, StepLoss, Task
+from equilibria.tasks.task import Evaluation, Phase, Split, StepLoss, Task, TaskConfig
 
 
 class Segment(Protocol):
@@ -46,7 +47,7 @@ class LanguageModelOutput(Protocol):
     @property
     def memory(self) -> tuple[Tensor, ...]: ...
     @property
-    def solution(self) -> Solution: ...
+    def solution(self) -> Solution | None: ...
 
 
 class LanguageModel(Protocol):
@@ -65,7 +66,7 @@ class LanguageModel(Protocol):
 
 
 @dataclass(frozen=True)
-class LanguageModelingConfig:
+class LanguageModelingConfig(TaskConfig):
     """Batches, segments and memory of language modelling."""
 
     batch_size: int = 16
@@ -144,19 +145,19 @@ class LanguageModeling(Task):
         )
         self._memory = output.memory if self.config.memory_length else None
         loss = _cross_entropy(output.logits, segment.targets, "mean")
+        phase: Phase = "unrolled" if unrolled else "equilibrium"
         return StepLoss(
             loss,
             segment.targets.numel(),
             output.solution,
-            "unrolled" if unrolled else "equilibrium",
+            "explicit" if output.solution is None else phase,
         )
 
     def evaluate(self, split: Split) -> Evaluation:
         """Score a split with the evaluation settings; see `Task.evaluate`."""
         start = time.perf_counter()
         total, num_items, memory = 0.0, 0, None
-        num_evals: list[Tensor] = []
-        residuals: list[Tensor] = []
+        solutions: list[Solution] = []
         was_training = self.model.training
         self.model.eval()
         try:
@@ -171,19 +172,18 @@ class LanguageModeling(Task):
                     memory = output.memory if self.config.memory_length_in_evaluation else None
                     total += _cross_entropy(output.logits, segment.targets, "sum").item()
                     num_items += int((segment.targets >= 0).sum())
-                    num_evals.append(output.solution.num_steps.cpu() + 1)
-                    residuals.append(output.solution.relative_residual.cpu())
+                    if output.solution is not None:
+                        solutions.append(output.solution)
         finally:
             self.model.train(was_training)
-        return Evaluation(
+        return Evaluation.of_solves(
             loss=total / max(num_items, 1),
             num_items=num_items,
-            num_evals=torch.cat(num_evals),
-            relative_residual=torch.cat(residuals),
+            solutions=solutions,
             seconds=time.perf_counter() - start,
         )
 
-    def trace(self) -> Solution:
+    def trace(self) -> Solution | None:
         """Trace both solves on the first validation segment; see `Task.trace`."""
         segment = next(iter(self._evaluation("valid")))
         was_training = self.model.training
@@ -191,6 +191,8 @@ class LanguageModeling(Task):
         try:
             with torch.enable_grad():
                 output = self.language_model(segment.inputs.to(self._device), trace=True)
+                if output.solution is None:
+                    return None
                 loss = _cross_entropy(output.logits, segment.targets, "mean")
                 # grad() and not backward(): a look at the model leaves no gradients behind.
                 parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -198,6 +200,10 @@ class LanguageModeling(Task):
         finally:
             self.model.train(was_training)
         return output.solution
+
+    def shown(self, record: dict[str, Any]) -> dict[str, str]:
+        """The perplexity of the mean loss."""
+        return {"ppl": f"{math.exp(min(record['loss'], 50.0)):.2f}"}
 
     def state_dict(self) -> dict[str, Any]:
         """Place in the text, and the memory that came with it."""

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from equilibria.core.solution import Solution
 
 Split = Literal["valid", "test"]
+Phase = Literal["unrolled", "equilibrium", "explicit"]
 
 
 class StepLoss(NamedTuple):
-    """Loss of one training step (nats, mean over items), how many items, and the solve."""
+    """Loss of one training step (nats, mean over items), how many items, and the solve.
+
+    An explicit model has no solve and one phase. `figures` are other scalars worth a curve.
+    """
 
     loss: Tensor
     num_items: int
-    solution: Solution
-    phase: Literal["unrolled", "equilibrium"]
+    solution: Solution | None
+    phase: Phase
+    figures: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -29,9 +36,11 @@ class Evaluation:
     Args:
         loss: mean nats per item.
         num_items: items scored.
-        num_evals: function evaluations each sample needed (num_solves * batch,).
+        num_evals: function evaluations each sample needed (num_solves * batch,); empty for an
+            explicit model.
         relative_residual: of each sample (num_solves * batch,).
         seconds: wall time.
+        figures: other measures of the task, by name.
     """
 
     loss: float
@@ -39,6 +48,33 @@ class Evaluation:
     num_evals: Tensor
     relative_residual: Tensor
     seconds: float
+    figures: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @classmethod
+    def of_solves(
+        cls,
+        loss: float,
+        num_items: int,
+        solutions: Sequence[Solution],
+        seconds: float,
+        figures: Mapping[str, float] | None = None,
+    ) -> Self:
+        """Gather evaluations and residuals of the solves of a pass; none for explicit models."""
+        none = torch.empty(0)
+        return cls(
+            loss=loss,
+            num_items=num_items,
+            num_evals=torch.cat([none, *(s.num_steps.cpu() + 1 for s in solutions)]),
+            relative_residual=torch.cat([none, *(s.relative_residual.cpu() for s in solutions)]),
+            seconds=seconds,
+            figures=figures or {},
+        )
+
+
+class TaskConfig(ABC):
+    """Options of a task; a frozen dataclass."""
+
+    pretrain_steps: int
 
 
 class Task(ABC):
@@ -50,6 +86,11 @@ class Task(ABC):
 
     model: nn.Module
 
+    @property
+    def baselines(self) -> dict[str, float]:
+        """Losses, in nats per item, of what needs no training; for the report and the plot."""
+        return {}
+
     @abstractmethod
     def training_loss(self, step: int) -> StepLoss:
         """Loss of the next batch, with the graph recorded."""
@@ -59,8 +100,15 @@ class Task(ABC):
         """Score a whole split in eval mode without touching the place in the training data."""
 
     @abstractmethod
-    def trace(self) -> Solution:
-        """Solve one validation batch with traces recorded, run its backward pass, return it."""
+    def trace(self) -> Solution | None:
+        """Solve one validation batch with traces recorded, run its backward pass, return it.
+
+        None when the model solves nothing.
+        """
+
+    @abstractmethod
+    def shown(self, record: dict[str, Any]) -> dict[str, str]:
+        """What a record of metrics says in the task's own terms, for the progress line."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
 from equilibria.data.segments import Segment, TrainingSegments, evaluation_segments
 from equilibria.models.config import ModelConfig
+from equilibria.tasks.copy_memory import CopyMemory, CopyMemoryConfig, CopySource
 from equilibria.tasks.language_modeling import LanguageModeling, LanguageModelingConfig
-from equilibria.tasks.task import Split
+from equilibria.tasks.task import Split, Task, TaskConfig
 from equilibria.train.optimizers import OptimizerConfig
 
 
@@ -27,7 +28,14 @@ class Vocabulary(Protocol):
     def __len__(self) -> int: ...
 
 
-class Corpus(Protocol):
+class Data(Protocol):
+    """What a task learns from; each task says what else it needs of it."""
+
+    def describe(self) -> dict[str, object]: ...
+
+
+@runtime_checkable
+class Corpus(Data, Protocol):
     """Token ids (T,) of three splits, and what they stand for."""
 
     @property
@@ -42,14 +50,13 @@ class Corpus(Protocol):
     def test_text(self) -> str: ...
     @property
     def vocabulary(self) -> Vocabulary: ...
-    def describe(self) -> dict[str, object]: ...
 
 
 @runtime_checkable  # the command line asks whether the default is one, to offer its options
-class CorpusConfig(Protocol):
-    """Which text to read."""
+class DataConfig(Protocol):
+    """Which data to read."""
 
-    def load(self) -> Corpus: ...
+    def load(self) -> Data: ...
 
 
 @dataclass(frozen=True)
@@ -95,11 +102,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A language-modelling run: data, model, task, optimiser, training, and one seed."""
+    """A run: data, model, task, optimiser, training, and one seed."""
 
-    data: CorpusConfig
+    data: DataConfig
     model: ModelConfig
-    task: LanguageModelingConfig = LanguageModelingConfig()
+    task: TaskConfig = LanguageModelingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     seed: int = 0
@@ -108,19 +115,45 @@ class Experiment:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} must be between 0 and 2**63 - 1")
+        if self.task.pretrain_steps and not hasattr(self.model, "solve"):
+            raise UserError(
+                f"pretrain_steps={self.task.pretrain_steps}, but {type(self.model).__name__} is "
+                "an explicit model without an equilibrium to unroll; set it to 0"
+            )
 
-    def build_task(self, corpus: Corpus) -> LanguageModeling:
-        """Make model and task with everything drawn from the seed."""
+    def build_task(self, data: Data) -> Task:
+        """Make model and task with everything drawn from the seed.
+
+        Raises:
+            UserError: the task cannot learn from such data.
+        """
+        match self.task:
+            case LanguageModelingConfig() as config if isinstance(data, Corpus):
+                model = self._build_model(len(data.vocabulary))
+                return _language_modeling(model, config, data)
+            case CopyMemoryConfig() as config if isinstance(data, CopySource):
+                return CopyMemory(self._build_model(data.vocabulary_size), config, data)
+            case _:
+                raise UserError(
+                    f"{type(self.task).__name__} cannot learn from {type(data).__name__}; give "
+                    "the experiment a task and data that belong together"
+                )
+
+    def _build_model(self, vocabulary_size: int) -> Any:
         torch.manual_seed(self.seed)
-        model = self.model.build(len(corpus.vocabulary)).to(self.train.torch_device())
-        config = self.task
-        training = TrainingSegments(corpus.train, config.batch_size, config.segment_length)
-
-        def evaluation(split: Split) -> Any:
-            tokens = corpus.valid if split == "valid" else corpus.test
-            return evaluation_segments(tokens, config.eval_streams, config.segment_length)
-
-        return LanguageModeling(model, config, training, evaluation)  # pyright: ignore[reportArgumentType]
+        return self.model.build(vocabulary_size).to(self.train.torch_device())
 
 
-__all__ = ["Corpus", "CorpusConfig", "Experiment", "Segment", "TrainConfig", "Vocabulary"]
+def _language_modeling(
+    model: Any, config: LanguageModelingConfig, corpus: Corpus
+) -> LanguageModeling:
+    training = TrainingSegments(corpus.train, config.batch_size, config.segment_length)
+
+    def evaluation(split: Split) -> Any:
+        tokens = corpus.valid if split == "valid" else corpus.test
+        return evaluation_segments(tokens, config.eval_streams, config.segment_length)
+
+    return LanguageModeling(model, config, training, evaluation)
+
+
+__all__ = ["Corpus", "Data", "DataConfig", "Experiment", "Segment", "TrainConfig", "Vocabulary"]

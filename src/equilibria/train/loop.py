@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from equilibria.core.errors import UserError
-from equilibria.tasks.language_modeling import LanguageModeling
-from equilibria.tasks.task import StepLoss
+from equilibria.core.solution import Solution
+from equilibria.tasks.task import StepLoss, Task
 from equilibria.train.experiment import Experiment
 from equilibria.train.interrupt import StopRequest
 from equilibria.train.metrics_log import MetricsLog
@@ -33,7 +33,7 @@ class Trainer:
         run: where everything is written.
     """
 
-    def __init__(self, experiment: Experiment, task: LanguageModeling, run: RunFolder) -> None:
+    def __init__(self, experiment: Experiment, task: Task, run: RunFolder) -> None:
         self.experiment = experiment
         self.task = task
         self.run = run
@@ -79,7 +79,7 @@ class Trainer:
         total = self.experiment.train.num_steps
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            progress = stack.enter_context(Progress(self.step, total))
+            progress = stack.enter_context(Progress(self.step, total, self.task.shown))
             log = stack.enter_context(MetricsLog(self.run, self.step))
             while self.step < total:
                 self._train_step()
@@ -108,10 +108,8 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - start
         self._interval.add(result, norm, seconds)
-        self.clock.forward += result.solution.seconds
-        self.clock.backward += result.solution.backward.seconds
-        self.clock.total += seconds
-        if result.phase == "equilibrium":
+        self.clock.add(result.solution, seconds)
+        if result.solution is not None and result.phase == "equilibrium":
             self.statistics.add(result.solution)
         self._phase, self._rate = result.phase, rate
 
@@ -136,19 +134,12 @@ class Trainer:
 
     def _evaluate(self, progress: Progress, log: MetricsLog) -> bool:
         result = self.task.evaluate("valid")
-        log.write(
-            {
-                "kind": "valid",
-                "step": self.step,
-                "loss": result.loss,
-                "num_evals": result.num_evals.double().mean().item(),
-                "relative_residual": result.relative_residual.double().mean().item(),
-            }
-        )
-        progress.say(
-            f"step {self.step}: validation loss {result.loss:.4f}, perplexity "
-            f"{math.exp(min(result.loss, 50.0)):.3f}"
-        )
+        record = {"kind": "valid", "step": self.step, "loss": result.loss, **result.figures}
+        if result.num_evals.numel():
+            record["num_evals"] = result.num_evals.double().mean().item()
+            record["relative_residual"] = result.relative_residual.double().mean().item()
+        log.write(record)
+        progress.validation(record)
         self._valid_loss = result.loss
         return result.loss < self.run.checkpoints.best_loss()
 
@@ -188,12 +179,18 @@ class Trainer:
         if math.isfinite(result.loss.item()) and math.isfinite(gradient_norm.item()):
             return
         what = "loss" if not math.isfinite(result.loss.item()) else "gradient"
-        failed = int((result.solution.status != 0).sum())
+        solve = "" if result.solution is None else f"; {_describe_solve(result.solution)}"
         raise TrainingError(
             f"the {what} of step {self.step + 1} is not finite (loss {result.loss.item():.4g}, "
-            f"gradient norm {gradient_norm.item():.4g}; forward solve: {failed} of "
-            f"{result.solution.status.numel()} samples missed the tolerance, worst relative "
-            f"residual {result.solution.relative_residual.max().item():.2g}); lower "
+            f"gradient norm {gradient_norm.item():.4g}{solve}); lower "
             "--optimizer.learning-rate, lengthen the warm-up or --task.pretrain-steps, or allow "
             f"more solver steps. Checkpoints in {self.run.checkpoints.folder} are untouched"
         )
+
+
+def _describe_solve(solution: Solution) -> str:
+    failed = int((solution.status != 0).sum())
+    return (
+        f"forward solve: {failed} of {solution.status.numel()} samples missed the tolerance, "
+        f"worst relative residual {solution.relative_residual.max().item():.2g}"
+    )

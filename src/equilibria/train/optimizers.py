@@ -29,6 +29,9 @@ class OptimizerConfig:
     """Decoupled for adamw, added to the gradient for the others."""
     momentum: float = 0.9
     """Of sgd."""
+    beta2: float = 0.999
+    """Decay per step of the mean squared gradient, of the others; a smaller one, such as 0.98,
+    soon forgets how large the gradients of the first steps were."""
     schedule: Schedule = "cosine"
     """Course of the learning rate after warm-up."""
     warmup_steps: int = 50
@@ -43,19 +46,21 @@ class OptimizerConfig:
         _check_choice("schedule", self.schedule, Schedule)
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate={self.learning_rate} must be a number above 0")
+        if not 0 <= self.beta2 < 1:
+            raise UserError(f"beta2={self.beta2} must be at least 0 and below 1, such as 0.98")
         for name in ("weight_decay", "momentum", "warmup_steps", "final_fraction", "clip_norm"):
             check_not_negative(name, getattr(self, name))
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Make the optimiser."""
-        rate, decay = self.learning_rate, self.weight_decay
+        rate, decay, betas = self.learning_rate, self.weight_decay, (0.9, self.beta2)
         match self.name:
             case "adam":
-                return torch.optim.Adam(parameters, rate, weight_decay=decay)
+                return torch.optim.Adam(parameters, rate, betas, weight_decay=decay)
             case "adamw":
-                return torch.optim.AdamW(parameters, rate, weight_decay=decay)
+                return torch.optim.AdamW(parameters, rate, betas, weight_decay=decay)
             case "radam":
-                return torch.optim.RAdam(parameters, rate, weight_decay=decay)
+                return torch.optim.RAdam(parameters, rate, betas, weight_decay=decay)
             case "sgd":
                 return torch.optim.SGD(parameters, rate, self.momentum, weight_decay=decay)
 

@@ -9,10 +9,12 @@ import torch
 
 from equilibria.tasks.compression_baselines import baselines
 from equilibria.tasks.generation import SamplingConfig, generate
-from equilibria.tasks.language_modeling import LanguageModeling
+from equilibria.tasks.language_modeling import LanguageModeling, LanguageModelingConfig
+from equilibria.tasks.task import Evaluation, Task
 from equilibria.train.environment import peak_memory_mib
-from equilibria.train.experiment import Corpus, Experiment
+from equilibria.train.experiment import Corpus, Data, Experiment
 from equilibria.train.loop import Trainer
+from equilibria.train.progress import readable
 from equilibria.train.run_folder import RunFolder
 from equilibria.train.statistics import summarize_solves
 
@@ -25,8 +27,11 @@ _NAMES = {
 _TRACED_SAMPLES = 32
 
 
-def finish(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
-    """Judge the best checkpoint on the test split; write and return the summary."""
+def finish(trainer: Trainer, data: Data) -> dict[str, Any]:
+    """Judge the best checkpoint on the test split; write and return the summary.
+
+    A task on a text gets what only a text has: baselines of compression, and a sample.
+    """
     experiment, task, run = trainer.experiment, trainer.task, trainer.run
     # here and not above: drawing is the last thing a run does, and matplotlib is slow to import
     from equilibria.diagnostics.plots import plot_run
@@ -34,34 +39,53 @@ def finish(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
     best = run.checkpoints.best()
     run.checkpoints.load_weights(best, task.model)
     test = task.evaluate("test")
-    bits = baselines(
-        corpus.train, corpus.test, corpus.train_text, corpus.test_text, len(corpus.vocabulary)
-    )
     summary: dict[str, Any] = {
         "kind": "summary",
         "step": trainer.step,
         "best_step": best,
         "test_loss": test.loss,
+        **_scores(task, test, data, experiment),
+        "training_solves": trainer.statistics.as_dict(),
+        "test_solves": (
+            summarize_solves(test.num_evals, test.relative_residual)
+            if test.num_evals.numel()
+            else None
+        ),
+        "training_time": trainer.clock.as_dict(),
+        "peak_memory_mib": peak_memory_mib(experiment.train.torch_device()),
+        "num_parameters": sum(p.numel() for p in task.model.parameters()),
+    }
+    _write_trace(trainer)
+    run.write_json("summary.json", summary)
+    bits = summary.get("baseline_bits_per_character") or {
+        name: loss / math.log(2.0) for name, loss in task.baselines.items()
+    }
+    plot_run(run.path, baselines=bits)
+    return summary
+
+
+def _scores(task: Task, test: Evaluation, data: Data, experiment: Experiment) -> dict[str, Any]:
+    if not isinstance(task, LanguageModeling) or not isinstance(data, Corpus):
+        return {
+            **{f"test_{name}": value for name, value in test.figures.items()},
+            "num_test_items": test.num_items,
+            "baseline_losses": task.baselines,
+        }
+    bits = baselines(data.train, data.test, data.train_text, data.test_text, len(data.vocabulary))
+    return {
         "test_perplexity": math.exp(min(test.loss, 700.0)),
         "test_bits_per_character": test.loss / math.log(2.0),
         "num_test_characters": test.num_items,
         "baseline_bits_per_character": dict(bits),
-        "training_solves": trainer.statistics.as_dict(),
-        "test_solves": summarize_solves(test.num_evals, test.relative_residual),
-        "training_time": trainer.clock.as_dict(),
-        "peak_memory_mib": peak_memory_mib(experiment.train.torch_device()),
-        "num_parameters": sum(p.numel() for p in task.model.parameters()),
-        "sample": _sample(task, corpus, experiment),
+        "sample": _sample(task, task.config, data, experiment),
     }
-    _write_trace(trainer)
-    run.write_json("summary.json", summary)
-    plot_run(run.path, baselines=dict(bits))
-    return summary
 
 
-def _sample(task: LanguageModeling, corpus: Corpus, experiment: Experiment) -> dict[str, str]:
-    prompt = corpus.valid[: experiment.task.segment_length]
-    context = experiment.task.segment_length + experiment.task.memory_length_in_evaluation
+def _sample(
+    task: LanguageModeling, config: LanguageModelingConfig, corpus: Corpus, experiment: Experiment
+) -> dict[str, str]:
+    prompt = corpus.valid[: config.segment_length]
+    context = config.segment_length + config.memory_length_in_evaluation
     new = generate(
         task.language_model, prompt, context, SamplingConfig(num_tokens=300, seed=experiment.seed)
     )
@@ -74,6 +98,8 @@ def _sample(task: LanguageModeling, corpus: Corpus, experiment: Experiment) -> d
 def _write_trace(trainer: Trainer) -> None:
     """Record how the residual falls, step by step, at the end of training."""
     solution = trainer.task.trace()
+    if solution is None:
+        return
     backward = solution.backward.result
     solve = getattr(trainer.experiment.model, "solve", None)
     trainer.run.append_metrics(
@@ -98,17 +124,7 @@ def _by_sample(trace: torch.Tensor | None) -> list[list[float | None]]:
 
 def render(summary: dict[str, Any], run: RunFolder) -> str:
     """The summary as text for a terminal."""
-    scores = {
-        "DEQ model (this run)": summary["test_bits_per_character"],
-        **{_NAMES[name]: value for name, value in summary["baseline_bits_per_character"].items()},
-    }
-    lines = [
-        "",
-        f"test split, {summary['num_test_characters']} characters:",
-        f"  {'':32} bits/character   perplexity",
-    ]
-    for name, bits in sorted(scores.items(), key=lambda item: item[1]):
-        lines.append(f"  {name:32} {bits:14.3f} {2.0**bits:12.2f}")
+    lines = _render_text_scores(summary) if "sample" in summary else _render_scores(summary)
     for title, key in (
         ("equilibria in training", "training_solves"),
         ("equilibria of the test", "test_solves"),
@@ -123,12 +139,43 @@ def render(summary: dict[str, Any], run: RunFolder) -> str:
         f"peak memory: {summary['peak_memory_mib']:.0f} MiB; parameters: "
         f"{summary['num_parameters']:,}; best checkpoint: step {summary['best_step']}",
         "",
-        "sample (the text before | is the prompt):",
-        summary["sample"]["prompt"] + "|" + summary["sample"]["text"],
-        "",
-        f"run folder: {run.path}",
     ]
-    return "\n".join(lines)
+    if "sample" in summary:
+        prompt, text = summary["sample"]["prompt"], summary["sample"]["text"]
+        lines += ["sample (the text before | is the prompt):", f"{prompt}|{text}", ""]
+    return "\n".join([*lines, f"run folder: {run.path}"])
+
+
+def _render_text_scores(summary: dict[str, Any]) -> list[str]:
+    scores = {
+        "DEQ model (this run)": summary["test_bits_per_character"],
+        **{_NAMES[name]: value for name, value in summary["baseline_bits_per_character"].items()},
+    }
+    return [
+        "",
+        f"test split, {summary['num_test_characters']} characters:",
+        f"  {'':32} bits/character   perplexity",
+        *(
+            f"  {name:32} {bits:14.3f} {2.0**bits:12.2f}"
+            for name, bits in sorted(scores.items(), key=lambda item: item[1])
+        ),
+    ]
+
+
+def _render_scores(summary: dict[str, Any]) -> list[str]:
+    """The loss beside that of the baselines, then whatever else the task measures."""
+    losses = {"this run": summary["test_loss"], **summary["baseline_losses"]}
+    figures = {
+        name.removeprefix("test_").replace("_", " "): value
+        for name, value in summary.items()
+        if name.startswith("test_") and name not in ("test_loss", "test_solves")
+    }
+    return [
+        "",
+        f"test split, {summary['num_test_items']} positions:",
+        *(f"  {name:32} loss {readable(loss, 4)}" for name, loss in losses.items()),
+        *(f"  {name:32}      {value:.4f}" for name, value in figures.items()),
+    ]
 
 
 def _render_solves(title: str, solves: dict[str, dict[str, float]]) -> str:

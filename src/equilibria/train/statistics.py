@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ class Clock:
     forward: float = 0.0
     backward: float = 0.0
     total: float = 0.0
+
+    def add(self, solution: Solution | None, seconds: float) -> None:
+        """Take in one training step after its backward pass."""
+        self.total += seconds
+        if solution is not None:
+            self.forward += solution.seconds
+            self.backward += solution.backward.seconds
 
     def as_dict(self) -> dict[str, float]:
         """Split into forward, backward and rest."""
@@ -46,16 +53,20 @@ class Interval:
     residuals: list[Tensor] = field(default_factory=list)
     backward_num_evals: list[Tensor] = field(default_factory=list)
     backward_residuals: list[Tensor] = field(default_factory=list)
+    figures: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
 
     def add(self, step: StepLoss, gradient_norm: Tensor, seconds: float) -> None:
         """Take in one training step after its backward pass."""
-        solution = step.solution
-        self.clock.forward += solution.seconds
-        self.clock.backward += solution.backward.seconds
-        self.clock.total += seconds
+        self.clock.add(step.solution, seconds)
         self.losses.append(step.loss.detach())
         self.gradient_norms.append(gradient_norm.detach())
         self.num_items += step.num_items
+        for name, value in step.figures.items():
+            self.figures.setdefault(name, []).append(value.detach())
+        if step.solution is not None:
+            self._add_solve(step.solution)
+
+    def _add_solve(self, solution: Solution) -> None:
         self.num_evals.append(solution.num_steps + 1)
         self.residuals.append(solution.relative_residual)
         if solution.backward.result is not None:
@@ -70,26 +81,32 @@ class Interval:
     def from_state_dict(state: dict[str, Any], device: torch.device) -> Interval:
         """Restore `state_dict`, with the tensors where those to come will be."""
         values: dict[str, Any] = {
-            name: [tensor.to(device) for tensor in value] if isinstance(value, list) else value
-            for name, value in state.items()
+            name: _moved(value, device) for name, value in state.items() if name != "clock"
         }
         values["clock"] = Clock(**state["clock"])
         return Interval(**values)
 
     def record(self) -> dict[str, Any]:
         """Means over the interval, ready for JSON."""
-        evals, residuals = torch.cat(self.num_evals).double(), torch.cat(self.residuals)
-        return {
+        record: dict[str, Any] = {
             "loss": torch.stack(self.losses).double().mean().item(),
             "gradient_norm": torch.stack(self.gradient_norms).double().mean().item(),
-            "num_evals": evals.mean().item(),
-            "num_evals_max": evals.max().item(),
-            "relative_residual": residuals.mean().item(),
-            "relative_residual_max": residuals.max().item(),
-            "backward_num_evals": _mean(self.backward_num_evals),
-            "backward_relative_residual": _mean(self.backward_residuals),
-            "forward_seconds": self.clock.forward,
-            "backward_seconds": self.clock.backward,
+            **{name: torch.stack(v).double().mean().item() for name, v in self.figures.items()},
+        }
+        if self.num_evals:  # an explicit model has none
+            evals, residuals = torch.cat(self.num_evals).double(), torch.cat(self.residuals)
+            record |= {
+                "num_evals": evals.mean().item(),
+                "num_evals_max": evals.max().item(),
+                "relative_residual": residuals.mean().item(),
+                "relative_residual_max": residuals.max().item(),
+                "backward_num_evals": _mean(self.backward_num_evals),
+                "backward_relative_residual": _mean(self.backward_residuals),
+                "forward_seconds": self.clock.forward,
+                "backward_seconds": self.clock.backward,
+            }
+        return {
+            **record,
             "seconds": self.clock.total,
             "tokens_per_second": self.num_items / max(self.clock.total, 1e-9),
         }
@@ -121,6 +138,15 @@ class SolveStatistics:
         if not self._num_evals:
             return None
         return summarize_solves(torch.cat(list(self._num_evals)), torch.cat(list(self._residuals)))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A saved sum with its tensors, in lists or in dictionaries of lists, on a device."""
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [tensor.to(device) for tensor in cast(list[Tensor], value)]
+    return value
 
 
 def summarize_solves(num_evals: Tensor, residuals: Tensor) -> dict[str, dict[str, float]]:
