@@ -22,6 +22,9 @@ from equilibria.linear.bicgstab import BiCGStab
 from equilibria.linear.fixed_point import FixedPoint
 from equilibria.linear.gmres import GMRES
 from equilibria.linear.neumann import Neumann
+from equilibria.regularizers.correction import FixedPointCorrection
+from equilibria.regularizers.jacobian import JacobianRegularizer, jacobian_penalty
+from equilibria.regularizers.spectral_radius import spectral_radius
 from equilibria.solvers.anderson import Anderson
 from equilibria.solvers.broyden import Broyden
 from equilibria.solvers.fallback import Fallback
@@ -51,9 +54,11 @@ __all__ = [
     "Divergence",
     "Fallback",
     "FixedPoint",
+    "FixedPointCorrection",
     "FixedSteps",
     "Implicit",
     "Iterate",
+    "JacobianRegularizer",
     "LinearResult",
     "LinearSolver",
     "Measurement",
@@ -79,7 +84,9 @@ __all__ = [
     "TransformError",
     "Unrolled",
     "UserError",
+    "jacobian_penalty",
     "once",
     "solve",
     "solve_scope",
+    "spectral_radius",
 ]
