@@ -61,7 +61,7 @@ bench-evaluations: $(STAMP) ## count evaluations against other libraries (about 
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evaluations
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.backward_evaluations
 
-bench-tables: $(STAMP) ## write the tables of docs/peers.md from benchmarks/results
+bench-tables: $(STAMP) ## write the tables of the docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
 install: $(STAMP) ## set up .venv and nothing else; PYTHON=... names the interpreter

@@ -1,10 +1,10 @@
-"""Write the tables of docs/peers.md from the results.
+"""Write the tables of the docs from the results.
 
     python -m benchmarks.tables [--check]
 
 Everything between the markers `<!-- NAME -->` and `<!-- end NAME -->` is generated; the text around
-them is written by hand. With --check nothing is written, and the exit status says whether the page
-is up to date.
+them is written by hand. With --check nothing is written, and the exit status says whether the
+pages are up to date.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.record import load
 
-PAGE = Path(__file__).parent.parent / "docs" / "peers.md"
+DOCS = Path(__file__).parent.parent / "docs"
 OURS = "equilibria"
 PEERS = ("scipy", "torchdeq", "jaxopt", "optimistix")
 RECOMMENDED = ("Anderson()", "Anderson(20)")
@@ -33,22 +33,30 @@ Rank = tuple[int, float]
 
 
 def main() -> None:
-    """Regenerate the page, or compare."""
+    """Regenerate the pages, or compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    old = PAGE.read_text()
-    new = old
-    for name, make in SECTIONS.items():
+    check = parser.parse_args().check
+    for page, sections in PAGES.items():
+        path = DOCS / page
+        old = path.read_text()
+        new = regenerated(old, page, sections)
+        if check and new != old:
+            sys.exit(f"docs/{page} is not what the results say; run make bench-tables")
+        path.write_text(new)
+
+
+def regenerated(text: str, page: str, sections: Mapping[str, Callable[[], str]]) -> str:
+    """A page with its generated sections made anew."""
+    for name, make in sections.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
-        text = make()
-        new, found = re.subn(
-            pattern, lambda match, text=text: match[1] + text + match[2], new, flags=re.DOTALL
+        made = make()
+        text, found = re.subn(
+            pattern, lambda match, made=made: match[1] + made + match[2], text, flags=re.DOTALL
         )
         if found != 1:
-            sys.exit(f"{PAGE} has no section between the markers of {name!r}")
-    if parser.parse_args().check:
-        sys.exit(0 if new == old else f"{PAGE} is not what the results say; run make bench-tables")
-    PAGE.write_text(new)
+            sys.exit(f"docs/{page} has no section between the markers of {name!r}")
+    return text
 
 
 # --- forward -----------------------------------------------------------------------------------
@@ -244,14 +252,73 @@ def families() -> str:
     return _table(["family", "what it is"], [[name, about] for name, about in names.items()])
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
-    "families": families,
-    "summary": summary,
-    "solved": solved,
-    "one for all": one_for_all,
-    "every solver": every_solver,
-    "backward": backward,
-    "about": about,
+# --- how to choose -----------------------------------------------------------------------------
+
+
+def solvers() -> str:
+    """Our solvers: what they solve of all instances, and at what cost."""
+    ours, _ = _forward()
+    budget = load(f"evaluations_{OURS}")["budget"]
+    rows: list[tuple[float, list[str]]] = []
+    for name in _solver_names(ours):
+        counts = [r for family in ours.values() for r in family[name]]
+        solved = [sum(r[t] is not None for r in counts) for t in range(3)]
+        means = [
+            statistics.geometric_mean(budget if r[t] is None else r[t] for r in counts)
+            for t in range(3)
+        ]
+        each = " / ".join(f"{mean:.0f}" for mean in means)
+        rows.append((means[-1], [_code(name), " / ".join(map(str, solved)), each]))
+    total = sum(len(next(iter(family.values()))) for family in ours.values())
+    columns = ["solver", f"solved, of {total}", "evaluations, geometric mean"]
+    return _table(columns, [row for _, row in sorted(rows)])
+
+
+def linear_solvers() -> str:
+    """Linear solvers for the backward system: what they solve, and at what cost."""
+    results = load("backward")
+    rows: list[tuple[float, list[str]]] = []
+    for name in results["libraries"][OURS]:
+        counts = [r for family in results["counts"].values() for r in family[name]]
+        solved = [sum(r[t] is not None for r in counts) for t in range(3)]
+        means = [
+            statistics.geometric_mean(results["budget"] if r[t] is None else r[t] for r in counts)
+            for t in range(3)
+        ]
+        each = " / ".join(f"{mean:.0f}" for mean in means)
+        rows.append((means[-1], [_code(name), " / ".join(map(str, solved)), each]))
+    total = sum(len(next(iter(family.values()))) for family in results["counts"].values())
+    columns = ["solver", f"solved, of {total}", "products with J^T, geometric mean"]
+    return _table(columns, [row for _, row in sorted(rows)])
+
+
+def gradients() -> str:
+    """Cost and bias of every gradient method over the spectral radius."""
+    rows = load("gradients")["rows"]
+    radii = list(dict.fromkeys(row["spectral_radius"] for row in rows))
+    table: dict[str, list[str]] = {}
+    for row in rows:
+        error, products = row["error"], row["products"]
+        table.setdefault(row["method"], []).append(f"{error:.0e} ({products:.0f})")
+    columns = ["method", *(f"radius {radius}" for radius in radii)]
+    return _table(columns, [[_code(name), *cells] for name, cells in table.items()])
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "peers.md": {
+        "families": families,
+        "summary": summary,
+        "solved": solved,
+        "one for all": one_for_all,
+        "every solver": every_solver,
+        "backward": backward,
+        "about": about,
+    },
+    "how-to-choose.md": {
+        "solvers": solvers,
+        "linear solvers": linear_solvers,
+        "gradients": gradients,
+    },
 }
 
 
