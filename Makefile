@@ -16,7 +16,7 @@ ARGS :=
 # One thread per pytest worker: the workers already fill the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: help train test lint format format-check typecheck imports pytest test-slow test-gpu
+.PHONY: help train test lint format format-check typecheck imports docs pytest test-slow test-gpu
 .PHONY: install constraints clean bench-evaluations bench-tables
 .NOTPARALLEL:
 
@@ -27,7 +27,7 @@ train: $(STAMP) ## train RECIPE (default: text that ships with Python); ARGS="--
 	@$(BIN)/equilibria train $(RECIPE) $(ARGS)
 
 # In this order, so that the cheap checks speak first and pytest has the last word.
-test: lint format-check typecheck imports pytest ## everything that CI checks
+test: lint format-check typecheck imports docs pytest ## everything that CI checks
 
 lint: $(STAMP) ## ruff's rules
 	$(BIN)/ruff check
@@ -44,6 +44,9 @@ typecheck: $(STAMP) ## strict types in src
 
 imports: $(STAMP) ## who may import whom
 	$(BIN)/lint-imports --no-cache --no-logo
+
+docs: $(STAMP) ## build the site into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 pytest: $(STAMP) ## the tests without slow and gpu; ARGS="-k anderson"
 	$(PYTEST) -n auto --maxprocesses 8 $(ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import pkgutil
 import re
 from pathlib import Path
@@ -48,6 +50,24 @@ def test_snippet_runs(
     torch.manual_seed(0)
     # blank lines in front, so that a traceback shows the line of the page
     exec(compile("\n" * (line - 1) + code, page, "exec"), {"__name__": "snippet"})
+
+
+def modules_with_examples() -> list[str]:
+    """Modules whose docstrings have examples, found without importing any."""
+    package = Path(equilibria.__file__).parent
+    return [
+        ".".join(("equilibria", *path.relative_to(package).with_suffix("").parts))
+        for path in sorted(package.rglob("*.py"))
+        if ">>> " in path.read_text(encoding="utf-8")
+    ]
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_of_the_docstrings(name: str) -> None:
+    module = importlib.import_module(name)
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_every_package_has_a_page() -> None:

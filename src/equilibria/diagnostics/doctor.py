@@ -105,7 +105,7 @@ def doctor(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Report:
     Raises:
         UserError: the model has no DEQ layer, or none of them ran on this batch.
 
-    Example:
+    Examples:
         >>> from equilibria import Cell, DEQ
         >>> class Half(Cell):
         ...     def inject(self, x): return x
@@ -132,7 +132,7 @@ def doctor(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Report:
         for name, (z, injection) in calls.items():
             deq = layers[name]
             found, numbers = _examine(
-                _bind(deq.cell, injection), z, deq.settings, name, deq.cell, injection
+                _bind(deq.cell, injection), z, deq.settings.cold(), name, deq.cell, injection
             )
             findings += found
             measurements[name] = numbers

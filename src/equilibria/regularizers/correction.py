@@ -42,7 +42,7 @@ class FixedPointCorrection:
     References:
         Bai, Geng, Savani and Kolter, Deep Equilibrium Optical Flow Estimation, arXiv 2204.08442.
 
-    Example:
+    Examples:
         >>> [round(weight, 3) for weight in FixedPointCorrection().weights(3)]
         [0.262, 0.328, 0.41]
         >>> [round(w, 3) for w in FixedPointCorrection(normalization="last").weights(3)]

@@ -29,7 +29,7 @@ class StepwiseWeight:
         UserError: a negative weight or step, an increase without `every`, an end before the
             beginning.
 
-    Example:
+    Examples:
         >>> weight = StepwiseWeight(1.9, increase=0.1, every=35_000)
         >>> [round(weight(step), 1) for step in (0, 34_999, 35_000, 70_000)]
         [1.9, 1.9, 2.0, 2.1]

@@ -54,7 +54,7 @@ def spectral_radius(
     gradients (`OneStep`, `Phantom`) point the right way; the further above, the less a solver can
     rely on the map itself.
 
-    Example:
+    Examples:
         >>> from equilibria import solve
         >>> solution = solve(torch.cos, torch.ones(1, 1, dtype=torch.float64))
         >>> round(spectral_radius(solution).radius.item(), 3)

@@ -143,7 +143,7 @@ class ToleranceSchedule:
     Raises:
         UserError: a tolerance that is not positive, num_steps below 1, an unknown shape.
 
-    Example:
+    Examples:
         >>> schedule = ToleranceSchedule(1e-1, 1e-3, num_steps=1000)
         >>> [round(schedule(step).rtol, 6) for step in (0, 500, 1000, 5000)]
         [0.1, 0.01, 0.001, 0.001]
