@@ -74,17 +74,18 @@ TARGETS = (
         (
             Mutation("gamma, images, alpha=-1.0)", "gamma, images, alpha=1.0)"),
             Mutation("return z - (1.0 - self.relaxation) * mixed", "return z"),
-            Mutation("- (1.0 + settings.ridge)", "- 1.0"),
+            Mutation("(scale, 1.0 + settings.ridge)", "(scale, 1.0)"),
             Mutation(".roll(-(newest + 1), 1).flip(1)", ".roll(newest + 1, 1).flip(1)"),
-            Mutation("_sines(unit, newest) >= min_angle", "_sines(unit, newest) >= 0.0"),
+            Mutation(
+                "_sines(unit.detach(), newest) >= min_angle",
+                "_sines(unit.detach(), newest) >= 0.0",
+            ),
             Mutation("state.gram.set_row(slot, row)", "pass"),
             Mutation("alpha=-1.0 if self.kind", "alpha=1.0 if self.kind"),
-            Mutation("return -_solve(unit, scale, right)", "return _solve(unit, scale, right)"),
+            Mutation("scale, -right)", "scale, right)"),
             Mutation("by_step - over_images", "by_step - by_image"),
             Mutation("norm > self._factor * self._best_norm", "norm > torch.inf * self._best_norm"),
-            Mutation(
-                "isfinite(gamma).all(1, keepdim=True), gamma, 0.0", "isfinite(gamma), gamma, 0.0"
-            ),
+            Mutation("gamma.detach().sum(1, keepdim=True)", "gamma.detach()"),
         ),
     ),
     Target(
