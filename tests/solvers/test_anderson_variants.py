@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from equilibria import Anderson, Broyden, FixedSteps, Picard, Residual, UserError, solve
+from equilibria.core.iterate import Iterate
 from equilibria.solvers.anderson import _sines
 
 
@@ -152,7 +153,7 @@ def test_all_kinds_beat_plain_iteration():
             assert solve(f, z0, solver=solver, max_steps=500, **settings).num_evals < plain
 
 
-@pytest.mark.parametrize("num_pushed", [4, 6, 9])
+@pytest.mark.parametrize("num_pushed", [4, 6, 8, 9])
 def test_sines_are_those_of_the_columns_with_the_newer_ones(num_pushed):
     size, n = 6, min(num_pushed, 6)
     slots = torch.randn(3, 20, n, dtype=torch.float64)
@@ -227,3 +228,62 @@ def test_no_limit_keeps_every_difference(kind):
 def test_bad_arguments(options, message):
     with pytest.raises(UserError, match=message):
         Anderson(**options)
+
+
+# --- the small system, by scripted iterates ----------------------------------------------------
+
+
+def proposals(solver: Anderson, points: Tensor, images: Tensor) -> Tensor:
+    """What the solver proposes last, shown points (K, D) and images (K, D) one after the other."""
+    iterates = [
+        Iterate(z.unsqueeze(0), fz.unsqueeze(0)) for z, fz in zip(points, images, strict=True)
+    ]
+    state = solver.init(iterates[0], len(iterates))
+    for iterate in iterates:
+        z, state = solver.propose(iterate, state)
+    return z.squeeze(0)
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_the_ridge_is_relative_to_each_column(kind):
+    points, images = torch.randn(2, 2, 5, dtype=torch.float64)
+    points = 1e-6 * points
+    s, f, r = points[1] - points[0], images[1] - images[0], images[1] - points[1]
+    test = s if kind == "I" else f - s
+    # on a contraction (f - s) points against s, so the ridge of type I is subtracted
+    sign = -1.0 if kind == "I" else 1.0
+    gamma = (test @ r) / (test @ (f - s) + sign * 0.5 * (test @ test))
+    found = proposals(Anderson(kind=kind, ridge=0.5), points, images)
+    torch.testing.assert_close(found, images[1] - gamma * f)
+
+
+@pytest.mark.parametrize("num_steps", [3, 5, 6, 9])
+def test_differences_in_the_span_of_newer_ones_are_left_out(num_steps):
+    """Against a greedy choice from the newest to the oldest, also when the window has slid."""
+    min_angle, history_size = 0.6, 4
+    draw = torch.Generator().manual_seed(num_steps)
+    points, images = torch.randn(2, num_steps, 6, dtype=torch.float64, generator=draw)
+    residuals = images - points
+    kept: list[int] = []
+    basis = torch.zeros(6, 0, dtype=torch.float64)
+    for k in range(num_steps - 1, max(0, num_steps - 1 - history_size), -1):
+        unit = torch.nn.functional.normalize(residuals[k] - residuals[k - 1], dim=0)
+        rest = unit - basis @ (basis.mT @ unit)
+        # the span of all newer ones, whether these are left out themselves or not
+        if rest.norm() >= min_angle:
+            kept.append(k)
+        basis = torch.linalg.qr(torch.cat([basis, unit.unsqueeze(1)], 1))[0]
+    assert 0 < len(kept) <= min(history_size, num_steps - 1)
+    columns = torch.stack([residuals[k] - residuals[k - 1] for k in kept], 1)
+    gamma = torch.linalg.lstsq(columns, residuals[-1].unsqueeze(1)).solution.squeeze(1)
+    moved = torch.stack([images[k] - images[k - 1] for k in kept], 1)
+    solver = Anderson(history_size, kind="II", ridge=0.0, min_angle=min_angle)
+    torch.testing.assert_close(proposals(solver, points, images), images[-1] - moved @ gamma)
+
+
+def test_a_singular_system_gives_the_plain_step():
+    """Not what can be solved of it: the other weights mean nothing without the missing ones."""
+    residuals = torch.tensor([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0], [3.0, 2.0]], dtype=torch.float64)
+    solver = Anderson(3, kind="II", ridge=0.0, min_angle=0.0)
+    found = proposals(solver, torch.zeros_like(residuals), residuals)
+    assert torch.equal(found, residuals[-1])
