@@ -27,6 +27,7 @@ from equilibria import (
     OneStep,
     Phantom,
     Residual,
+    Shine,
     Unrolled,
     solve,
 )
@@ -40,6 +41,10 @@ METHODS: dict[str, Adjoint] = {
     "Phantom(5, relaxation=1)": Phantom(5, 1.0),
     "NeumannSeries(5)": NeumannSeries(5),
     "NeumannSeries(20)": NeumannSeries(20),
+    "Shine()": Shine(),
+    "Shine(fallback=False)": Shine(fallback=False),
+    "Shine(refinement=3)": Shine(refinement=3),
+    "Shine(refinement=10)": Shine(refinement=10),
     "Implicit(rtol=1e-1)": Implicit(rtol=1e-1),
     "Implicit(rtol=1e-2)": Implicit(rtol=1e-2),
     "Implicit(rtol=1e-4)": Implicit(rtol=1e-4, max_steps=200),

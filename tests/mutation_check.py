@@ -90,19 +90,30 @@ TARGETS = (
     ),
     Target(
         "solvers/broyden",
-        ("tests/solvers/test_broyden.py", contract("solvers", "TestBroyden")),
+        (
+            "tests/solvers/test_broyden.py",
+            "tests/adjoints/test_shine.py",
+            contract("solvers", "TestBroyden"),
+        ),
         (
             Mutation(
                 "state.by_images.set_row(slot, row)", "state.by_images.set_row(slot, by_image)"
             ),
             Mutation(
-                "ages.unsqueeze(1) >= ages.unsqueeze(0)", "ages.unsqueeze(1) <= ages.unsqueeze(0)"
+                "born.unsqueeze(2) <= born.unsqueeze(1)", "born.unsqueeze(2) >= born.unsqueeze(1)"
             ),
-            Mutation("(state, squares) - state.by_images", "(state, squares) + state.by_images"),
-            Mutation("(state, squares), -right)", "(state, squares), right)"),
-            Mutation("previous.fz - previous.z", "previous.fz"),
+            Mutation("(squares) - state.by_images", "(squares) + state.by_images"),
+            Mutation("(squares), -right)", "(squares), right)"),
+            Mutation("iterate.residual, previous.residual", "iterate.residual, previous.fz"),
+            Mutation("older - torch.bmm(vectors", "older + torch.bmm(vectors"),
+            Mutation("self._system = -older", "self._system = older"),
+            Mutation("self._system.mT", "self._system"),
+            Mutation("(state.latest, iterate)", "(iterate,)"),
+            Mutation("torch.where(rows[:, 0], count, kept)", "count"),
+            Mutation("(length > 0) & torch.isfinite(length)", "length >= 0"),
+            Mutation("if full:", "if True:"),
             Mutation("iterate.z.lerp(target, self.relaxation)", "target"),
-            Mutation("return backtrack(evaluate, iterate, z), state", "return evaluate(z), state"),
+            Mutation("if self.line_search else evaluate(z)", "if False else evaluate(z)"),
             Mutation("weights = scale * torch", "weights = torch"),
         ),
     ),
@@ -260,6 +271,36 @@ TARGETS = (
             Mutation("return z.clone()", "return z.detach()"),
             Mutation("return z.clone()", "return z"),
             Mutation("forward.problem.checkpoint = self.checkpoint", "pass"),
+        ),
+    ),
+    Target(
+        "adjoints/shine",
+        ("tests/adjoints/test_shine.py",),
+        (
+            Mutation("v - step + product(step)", "v - step - product(step)"),
+            Mutation("precondition(result.u), u)", "result.u, u)"),
+            Mutation("length <= self.max_ratio * rms(g)", "length <= self.max_ratio"),
+            Mutation("torch.where(rows, estimate(v), v)", "estimate(v)"),
+            Mutation("max_steps=self.refinement + 1", "max_steps=self.refinement - 1"),
+            Mutation("usable = torch.isfinite(length)", "usable = length > length"),
+        ),
+    ),
+    Target(
+        "adjoints/reversible_adjoint",
+        ("tests/adjoints/test_reversible_adjoint.py",),
+        (
+            Mutation("z_bar = z_bar + pulled", "z_bar = z_bar - pulled"),
+            Mutation("y_bar = y_bar + pulled", "y_bar = pulled"),
+            Mutation("b * z_bar, 0.0", "z_bar, 0.0"),
+            Mutation("rest * y_bar, 0.0", "y_bar, 0.0"),
+            Mutation("y = image.lerp(y, 1.0 / rest)", "y = image.lerp(y, rest)"),
+            Mutation("rows & (self._num_steps >= step)", "rows & (self._num_steps > step)"),
+            Mutation("else total + gradient", "else gradient"),
+            Mutation("z_bar + y_bar, 0.0)", "z_bar, 0.0)"),
+            Mutation("sweep.error <= self", "sweep.error >= self"),
+            Mutation("detach().clone()  # it may", "detach()  # it may"),
+            Mutation("if _is_nested(self.inputs) else None", "if False else None"),
+            Mutation("sweep = self._sweep(g, ~lost)", "pass"),
         ),
     ),
     Target(

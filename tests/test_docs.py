@@ -33,8 +33,10 @@ def is_contract(code: str) -> bool:
     return "Contract)" in code
 
 
-# PyTorch warns of itself when forward mode is first used
+# PyTorch warns of itself when forward mode is first used, and while it compiles
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.F:DeprecationWarning")
 @pytest.mark.parametrize(
     ("page", "line", "code"),
     [

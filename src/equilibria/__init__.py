@@ -4,6 +4,8 @@ from equilibria.adjoints.implicit import Implicit
 from equilibria.adjoints.neumann_series import NeumannSeries
 from equilibria.adjoints.one_step import OneStep
 from equilibria.adjoints.phantom import Phantom
+from equilibria.adjoints.reversible_adjoint import ReversibleAdjoint
+from equilibria.adjoints.shine import Shine
 from equilibria.adjoints.unrolled import Unrolled
 from equilibria.api import SolveSettings, solve
 from equilibria.core.adjoint import Adjoint, BackwardReport, SecondDerivativeError
@@ -17,6 +19,7 @@ from equilibria.core.solver import Solver
 from equilibria.core.state import State, StateError
 from equilibria.core.status import ConvergenceError, ConvergenceWarning, Status
 from equilibria.core.termination import Termination
+from equilibria.core.warm_start import WarmStart, WarmStartMemory
 from equilibria.deq import DEQ, Cell
 from equilibria.linear.bicgstab import BiCGStab
 from equilibria.linear.fixed_point import FixedPoint
@@ -36,6 +39,10 @@ from equilibria.terminations.divergence import Divergence
 from equilibria.terminations.fixed_steps import FixedSteps
 from equilibria.terminations.residual import Residual, ToleranceSchedule
 from equilibria.terminations.stagnation import Stagnation
+from equilibria.warm_starts.cached import Cached
+from equilibria.warm_starts.previous import Previous
+from equilibria.warm_starts.random import Random
+from equilibria.warm_starts.zeros import Zeros
 
 __version__ = "0.1.0"
 
@@ -48,6 +55,7 @@ __all__ = [
     "BackwardReport",
     "BiCGStab",
     "Broyden",
+    "Cached",
     "Cell",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -68,9 +76,13 @@ __all__ = [
     "OneStep",
     "Phantom",
     "Picard",
+    "Previous",
+    "Random",
     "Residual",
     "Reversible",
+    "ReversibleAdjoint",
     "SecondDerivativeError",
+    "Shine",
     "Solution",
     "SolveScope",
     "SolveSettings",
@@ -84,6 +96,9 @@ __all__ = [
     "TransformError",
     "Unrolled",
     "UserError",
+    "WarmStart",
+    "WarmStartMemory",
+    "Zeros",
     "jacobian_penalty",
     "once",
     "solve",

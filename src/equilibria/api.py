@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from equilibria.adjoints.implicit import Implicit
-from equilibria.core.adjoint import Adjoint, Forward
+from equilibria.core.adjoint import Adjoint, BackwardReport, Forward
+from equilibria.core.clock import clock
 from equilibria.core.errors import UserError
 from equilibria.core.loop import Keep, LoopResult, check_limits, iterate
 from equilibria.core.parameters import check_positive_integer
@@ -22,6 +22,7 @@ from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.status import OnFailure, check_on_failure, enforce
 from equilibria.core.termination import Termination
+from equilibria.core.warm_start import SampleIndex, Start, WarmStart, WarmStartMemory
 from equilibria.solvers.anderson import Anderson
 from equilibria.terminations.residual import Residual
 
@@ -34,7 +35,8 @@ class SolveSettings:
     """Everything about a solve but the problem; see `solve` for the meaning of each.
 
     Raises:
-        UserError: an argument of the wrong kind, max_steps below 1, an unknown policy.
+        UserError: an argument of the wrong kind, max_steps below 1, an unknown policy, a gradient
+            through the steps with a warm start that saves them.
     """
 
     solver: Solver = Anderson()
@@ -43,6 +45,7 @@ class SolveSettings:
     max_steps: int = 50
     keep: Keep = "best"
     on_failure: OnFailure = "warn"
+    warm_start: WarmStart | None = None
 
     def __post_init__(self) -> None:
         _check_kind("solver", self.solver, Solver, "Anderson()")
@@ -50,6 +53,16 @@ class SolveSettings:
         _check_kind("adjoint", self.adjoint, Adjoint, "Implicit()")
         check_limits(self.max_steps, self.keep)
         check_on_failure(self.on_failure)
+        self.adjoint.check(self.solver)
+        if self.warm_start is not None:
+            _check_kind("warm_start", self.warm_start, WarmStart, "Previous()")
+            _check_steps_remain(self.warm_start, self.termination, self.adjoint)
+
+    def cold(self) -> SolveSettings:
+        """The same without warm starts, forward and backward: for whoever compares solves."""
+        if self.warm_start is None and self.adjoint.backward_warm_start is None:
+            return self
+        return replace(self, warm_start=None, adjoint=self.adjoint.without_warm_start())
 
 
 def solve(
@@ -62,11 +75,14 @@ def solve(
     max_steps: int = 50,
     keep: Keep = "best",
     on_failure: OnFailure = "warn",
+    warm_start: WarmStart | None = None,
     batch_dims: Literal[0, 1] = 1,
     segments: Tensor | None = None,
     states: States = None,
     inputs: Sequence[Tensor] | None = None,
     trace: bool = False,
+    memory: WarmStartMemory | None = None,
+    sample_index: SampleIndex | None = None,
 ) -> Solution:
     """Find the fixed point z* = f(z*) of every sample, differentiably.
 
@@ -82,6 +98,9 @@ def solve(
         max_steps: solver steps at most (the initial evaluation is not one).
         keep: what a sample that misses the tolerance returns, its "best" or "last" iterate.
         on_failure: "warn", "raise" or "ignore" when a sample, forward or backward, is no success.
+        warm_start: where to start instead of `z0`, as far as it knows better: `Previous()`,
+            `Cached(...)`, `Random(...)`. `z0` then gives the form of the state, and the start of
+            unknown samples.
         batch_dims: 1, or 0 when the whole state is one problem.
         segments: ragged and graph batches: for each row of the state the number of the problem it
             belongs to (N,); norms, convergence and reports are then per problem.
@@ -91,6 +110,9 @@ def solve(
         inputs: the tensors f depends on besides z. None (default) finds them; only a second
             derivative through a compiled f needs them named.
         trace: record the relative residual of every step, forward and backward.
+        memory: what warm starts, forward and backward, remember from call to call.
+        sample_index: for `Cached`: which sample of the data set each one is, integers (B,) or B
+            other keys; of a ragged batch one per problem.
 
     Shape:
         `z0` and `Solution.z`: tree of (B, ...); diagnostics: (B,), or (1,) for batch_dims=0.
@@ -100,13 +122,13 @@ def solve(
         StateError: `z0` or f's image has the wrong tree, shape, dtype or device.
         ConvergenceError: a sample did not converge and on_failure="raise".
 
-    Example:
+    Examples:
         >>> import torch
         >>> solution = solve(torch.cos, torch.ones(1, 1, dtype=torch.float64))
         >>> round(solution.z.item(), 3)
         0.739
     """
-    settings = SolveSettings(solver, termination, adjoint, max_steps, keep, on_failure)
+    settings = SolveSettings(solver, termination, adjoint, max_steps, keep, on_failure, warm_start)
     return solve_with(
         f,
         z0,
@@ -116,6 +138,8 @@ def solve(
         states=states,
         inputs=inputs,
         trace=trace,
+        memory=memory,
+        sample_index=sample_index,
     )
 
 
@@ -129,10 +153,31 @@ def solve_with(
     states: States = None,
     inputs: Sequence[Tensor] | None = None,
     trace: bool = False,
+    memory: WarmStartMemory | None = None,
+    sample_index: SampleIndex | None = None,
 ) -> Solution:
     """`solve` with its settings as one object."""
-    start = time.perf_counter()
+    if torch.compiler.is_compiling() and not _is_traceable(settings):
+        return _outside_of_graphs(
+            f,
+            z0,
+            settings,
+            batch_dims=batch_dims,
+            segments=segments,
+            states=states,
+            inputs=inputs,
+            trace=trace,
+            memory=memory,
+            sample_index=sample_index,
+        )
+    start = clock()
     problem = Problem(f, z0, batch_dims, segments, inputs)
+    transformed = is_transformed()
+    warm = backward_warm = warm_started = None
+    if not transformed:  # there tensors have no numbers to remember
+        warm, backward_warm = _warm_starts(settings, problem, memory, sample_index)
+    if warm is not None:
+        problem.z0, warm_started = warm.from_cold(problem.z0)
     record = _steps_to_record(states, settings.max_steps)
 
     def run(posed: Problem = problem) -> LoopResult:
@@ -146,20 +191,27 @@ def solve_with(
             record=record,
         )
 
-    forward = Forward(problem, run, settings.on_failure, trace=trace)
-    transformed = is_transformed()
+    report = BackwardReport()
+    forward = Forward(
+        problem, run, settings.on_failure, report, trace, settings.solver, {}, backward_warm
+    )
     if transformed:
         z, result = settings.adjoint.apply_transformed(forward)
         passed = result.states
     elif torch.is_grad_enabled():
         z, result = settings.adjoint.apply(forward)
-        passed = [settings.adjoint.attach(forward, state) for state in result.states]
+        # Each intermediate state has a backward solve of its own, of which nothing is known.
+        cold = replace(forward, start=None) if backward_warm is not None else forward
+        passed = [settings.adjoint.attach(cold, state) for state in result.states]
     else:
         result = run()
         # A copy, because without a step the solution is z0, which is the user's.
         z = result.iterate.z.clone()
         passed = result.states
-    if not transformed:  # there it is done where the numbers can be looked at
+    if warm is not None:
+        warm.remember(result.iterate.z, result.status, result.measurement.relative)
+    # under transforms it is done where the numbers can be looked at, in one graph nowhere
+    if not transformed and not torch.compiler.is_compiling():
         enforce(result.status, settings.on_failure, "the forward solve")
     return Solution(
         z=problem.layout.unpack(z),
@@ -169,11 +221,69 @@ def solve_with(
         relative_residual=result.measurement.relative,
         num_steps=result.num_steps,
         num_evals=problem.num_evals,
-        seconds=time.perf_counter() - start,
+        seconds=clock() - start,
         backward=forward.report,
         trace=None if result.trace is None else result.trace.relative,
+        warm_started=warm_started,
         problem=problem,
     )
+
+
+def _warm_starts(
+    settings: SolveSettings,
+    problem: Problem,
+    memory: WarmStartMemory | None,
+    index: SampleIndex | None,
+) -> tuple[Start | None, Start | None]:
+    """Those of the forward and of the backward solve."""
+    warm = backward = None
+    if settings.warm_start is not None:
+        warm = Start.of("forward", settings.warm_start, memory, problem.layout, problem.z0, index)
+    wanted = settings.adjoint.backward_warm_start if torch.is_grad_enabled() else None
+    if wanted is not None:
+        backward = Start.of("backward", wanted, memory, problem.layout, problem.z0, index)
+    return warm, backward
+
+
+def _is_traceable(settings: SolveSettings) -> bool:
+    """Whether torch.compile can make one graph of the solve, because nothing asks for numbers."""
+    # what is exported keeps no autograd.Function: gradients would be lost without a word
+    differentiable = settings.adjoint.traceable and not _is_exporting()
+    return (
+        (differentiable or not torch.is_grad_enabled())
+        and not settings.termination.needs_sync
+        and settings.solver.single_evaluation  # others look at numbers between evaluations
+        and settings.on_failure != "raise"
+        and not (settings.warm_start is not None and settings.warm_start.needs_memory)
+    )
+
+
+def _is_exporting() -> bool:
+    known_since_2_7 = getattr(torch.compiler, "is_exporting", None)
+    if known_since_2_7 is not None:
+        return known_since_2_7()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def _solve_with_numbers(*arguments: Any, **settings: Any) -> Solution:
+    """`solve_with` between two graphs, by PyTorch as it is.
+
+    Raises:
+        UserError: torch.export, which knows one graph only, got here.
+    """
+    if torch.compiler.is_compiling():
+        raise UserError(_NOT_EXPORTED)
+    return solve_with(*arguments, **settings)
+
+
+_outside_of_graphs = cast("Callable[..., Solution]", torch.compiler.disable(_solve_with_numbers))
+
+_NOT_EXPORTED = (
+    "torch.export needs a solve that asks for no numbers; under torch.no_grad(), give "
+    "termination=FixedSteps(...), solver=Anderson(), Broyden() or Picard(), and on_failure='warn' "
+    "or 'ignore', and no warm start that remembers (for a DEQ in eval mode: eval_termination, "
+    "eval_solver and eval_warm_start)"
+)
 
 
 def _steps_to_record(states: States, max_steps: int) -> Collection[int]:
@@ -195,6 +305,17 @@ def _steps_to_record(states: States, max_steps: int) -> Collection[int]:
             f"states={states!r} asks for steps outside 1 to max_steps={max_steps}; there are none"
         )
     return set(states)
+
+
+def _check_steps_remain(warm: WarmStart, termination: Termination, adjoint: Adjoint) -> None:
+    """Refuse a gradient through steps that nobody has to make any more."""
+    if warm.recalls and adjoint.through_steps and termination.needs_sync:
+        name = type(adjoint).__name__
+        raise UserError(
+            f"{name} differentiates the steps of the solver, and {warm!r} leaves few or none to "
+            "differentiate, so most of the gradient would be missing; use adjoint=Implicit(), or "
+            "termination=FixedSteps(k) for a gradient through the last k steps"
+        )
 
 
 def _check_kind(name: str, given: object, expected: type, example: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.status import OnFailure
 from equilibria.core.termination import Termination
+from equilibria.core.warm_start import SampleIndex, WarmStart, WarmStartMemory
 from equilibria.solvers.anderson import Anderson
 from equilibria.terminations.residual import Residual
 
@@ -52,7 +54,8 @@ class DEQ(nn.Module):
     """A layer whose output is the fixed point of its cell, z* = f(z*, x).
 
     Works like any other layer: gradients, `state_dict`, `deepcopy`, several uses in one graph.
-    It keeps no state between calls and registers no hooks.
+    It registers no hooks, and keeps nothing between calls but what warm starts ask for: a cache,
+    which copies, pickles and state dicts do not have, one for training and one for evaluation.
 
     Args:
         cell: the map.
@@ -62,16 +65,21 @@ class DEQ(nn.Module):
         max_steps: solver steps at most.
         keep: what a sample that misses the tolerance returns.
         on_failure: "warn", "raise" or "ignore".
+        warm_start: where training starts instead of at the cell's initial state, such as
+            `Cached(50_000)`; a `z0` given at the call comes before it.
         eval_solver: used instead in eval mode; None means the same as in training.
         eval_termination: likewise.
         eval_max_steps: likewise.
+        eval_warm_start: likewise, but None means a cold start, forward and backward: evaluation
+            should not depend on what was evaluated before unless that is wanted.
 
     Shape:
         Inputs are whatever `cell.inject` takes; the output is a `Solution` whose `z` has the form
         of `cell.initial_state`.
 
     Raises:
-        UserError: a cell of the wrong kind, or settings as in `solve`.
+        UserError: a cell of the wrong kind or with an input of the name `sample_index`, or
+            settings as in `solve`.
     """
 
     def __init__(
@@ -84,31 +92,42 @@ class DEQ(nn.Module):
         max_steps: int = 50,
         keep: Keep = "best",
         on_failure: OnFailure = "warn",
+        warm_start: WarmStart | None = None,
         eval_solver: Solver | None = None,
         eval_termination: Termination | None = None,
         eval_max_steps: int | None = None,
+        eval_warm_start: WarmStart | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(cell, Cell):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(getattr(cell, "_orig_mod", cell), Cell):  # what torch.compile has wrapped
             raise UserError(
                 f"DEQ got a {type(cell).__name__} as its cell; subclass equilibria.Cell (inject, "
                 "initial_state, forward), or call equilibria.solve(f, z0) on a plain function"
             )
+        _check_names(cell)
         self.cell = cell
+        self.train_memory = WarmStartMemory()
+        self.eval_memory = WarmStartMemory()
         self.train_settings = SolveSettings(
-            solver, termination, adjoint, max_steps, keep, on_failure
+            solver, termination, adjoint, max_steps, keep, on_failure, warm_start
         )
         self.eval_settings = replace(
-            self.train_settings,
+            self.train_settings if eval_warm_start else self.train_settings.cold(),
             solver=eval_solver or solver,
             termination=eval_termination or termination,
             max_steps=max_steps if eval_max_steps is None else eval_max_steps,
+            warm_start=eval_warm_start,
         )
 
     @property
     def settings(self) -> SolveSettings:
         """The settings of the current mode, training or evaluation."""
         return self.train_settings if self.training else self.eval_settings
+
+    @property
+    def memory(self) -> WarmStartMemory:
+        """What warm starts of the current mode remember; `deq.memory.clear()` forgets it."""
+        return self.train_memory if self.training else self.eval_memory
 
     def forward(
         self,
@@ -118,6 +137,7 @@ class DEQ(nn.Module):
         segments: Tensor | None = None,
         states: States = None,
         trace: bool = False,
+        sample_index: SampleIndex | None = None,
         **named_inputs: Any,
     ) -> Solution:
         """Inject the inputs and solve for the fixed point.
@@ -125,11 +145,14 @@ class DEQ(nn.Module):
         Args:
             *inputs: handed to `cell.inject`.
             **named_inputs: likewise; it refuses names that it does not know.
-            z0: initial state; by default the cell's own.
+            z0: initial state; by default the cell's own, or what the warm start says. A call with
+                a z0 is left out of the warm start: neither used nor remembered.
             settings: for this call only, instead of the layer's.
             segments: ragged batches, as in `solve`.
             states: intermediate states, as in `solve`.
             trace: record the residual of every step, forward and backward.
+            sample_index: which sample of the data set each one is, for `Cached`; may be given
+                always, as it is ignored where nothing asks for it.
         """
         with solve_scope():  # inject may draw masks, too
             return self.solve(
@@ -139,6 +162,7 @@ class DEQ(nn.Module):
                 segments=segments,
                 states=states,
                 trace=trace,
+                sample_index=sample_index,
             )
 
     def solve(
@@ -150,18 +174,36 @@ class DEQ(nn.Module):
         segments: Tensor | None = None,
         states: States = None,
         trace: bool = False,
+        sample_index: SampleIndex | None = None,
     ) -> Solution:
         """Solve for an injection made before, for models that need it afterwards too.
 
         Where cells draw masks or normalise weights both in `inject` and in `forward`, put both
         calls inside `with solve_scope():`.
         """
-        start = self.cell.initial_state(injection) if z0 is None else z0
+        settings = settings or self.settings
+        start = z0
+        if start is None:
+            start = self.cell.initial_state(injection)
+        elif settings.warm_start is not None:
+            settings = replace(settings, warm_start=None)
         return solve_with(
             lambda z: self.cell(z, injection),
             start,
-            settings or self.settings,
+            settings,
             segments=segments,
             states=states,
             trace=trace,
+            memory=self.memory,
+            sample_index=sample_index,
+        )
+
+
+def _check_names(cell: Cell) -> None:
+    """Refuse a cell that waits for an input which the DEQ would keep for itself."""
+    known = inspect.signature(cell.inject).parameters.values()
+    if any(p.name == "sample_index" and p.kind is not p.POSITIONAL_ONLY for p in known):
+        raise UserError(
+            f"{type(cell).__name__}.inject has an input called sample_index, which DEQ takes for "
+            "its warm starts and does not pass on; give that input of inject another name"
         )

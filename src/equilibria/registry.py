@@ -22,12 +22,14 @@ from equilibria.core.errors import UserError, nearest
 from equilibria.core.linear import LinearSolver
 from equilibria.core.solver import Solver
 from equilibria.core.termination import Termination
+from equilibria.core.warm_start import WarmStart
 
 KINDS: dict[type, str] = {
     Solver: "equilibria.solvers",
     LinearSolver: "equilibria.linear",
     Termination: "equilibria.terminations",
     Adjoint: "equilibria.adjoints",
+    WarmStart: "equilibria.warm_starts",
 }
 """Base class of each kind of plug-in, and the package whose files are the plug-ins."""
 

@@ -69,6 +69,8 @@ ADJOINTS = {
     "phantom": ["phantom"],
     "neumann_series": ["neumann_series", "neumann_series(num_terms=2, clip=1.0)"],
     "unrolled": ["unrolled", "unrolled(checkpoint=True)"],
+    "shine": ["shine(refinement=40)"],  # refined to the end; less of it depends on the path
+    "reversible_adjoint": ["reversible_adjoint"],
 }
 
 
@@ -86,10 +88,16 @@ def test_every_plugin_is_in_the_matrix(kind: type, table: dict[str, list[str]]) 
         assert all(text.partition("(")[0] == name for text in variants)
 
 
-def refusal(solver: str, adjoint: str) -> str | None:
-    """What the error says about a pair that cannot work together; None if it can."""
+def refusal(solver: str, adjoint: str, kind: str = "tensor") -> str | None:
+    """What the error says about what cannot work together; None if it can."""
     if adjoint.startswith("unrolled") and solver.startswith("newton_krylov"):
         return "NewtonKrylov cannot be unrolled.*Implicit"
+    if adjoint.startswith("shine") and not solver.startswith("broyden"):
+        return "Shine needs a forward solver that estimates the inverse Jacobian"
+    if adjoint.startswith("reversible_adjoint") and not solver.startswith("reversible"):
+        return "ReversibleAdjoint cannot undo the steps of"
+    if adjoint.startswith("reversible_adjoint") and kind in ("mixed_dtypes", "half"):
+        return "ReversibleAdjoint cannot undo steps whose states are rounded"
     return None
 
 
@@ -119,16 +127,17 @@ def test_the_fast_part_has_every_pair() -> None:
 )
 def test_value_and_gradient(solver: str, adjoint: str, kind: str) -> None:
     given = StateProblem(kind)
-    tolerance = max(1e-10, 2 * given.precision)
+    undone = adjoint.startswith("reversible_adjoint")  # as many steps as can be
+    tolerance = 1e-3 if undone else max(1e-10, 2 * given.precision)
     settings = {
         "solver": parse(Solver, solver),
         "adjoint": method(adjoint, given),
         "termination": Residual(tolerance, tolerance),
-        "max_steps": 300,
+        "max_steps": 22 if undone else 300,
         "on_failure": "raise",
         **given.settings,
     }
-    if message := refusal(solver, adjoint):
+    if message := refusal(solver, adjoint, kind):
         with pytest.raises(UserError, match=message):
             solve(given, given.z0, **settings)
         return
@@ -145,11 +154,11 @@ def test_value_and_gradient(solver: str, adjoint: str, kind: str) -> None:
     found = torch.autograd.grad(z, given.sources, cotangent(kind), materialize_grads=True)
     error = relative_error(found, gradients(adjoint, kind))
     # What is unrolled is the gradient of the steps that were made, which lags behind the value.
-    lag = 1e-4 + 3e2 * given.precision if adjoint.startswith("unrolled") else 0.0
+    lag = 1e-4 + 3e2 * given.precision if adjoint.startswith("unrolled") else 0.1 * undone
     assert error <= 1e-6 + 20.0 * given.precision + lag
     report = solution.backward.result
-    assert (report is not None) == adjoint.startswith("implicit")
-    if report is not None:
+    assert (report is None) == adjoint.startswith(("one_step", "phantom", "neumann", "unrolled"))
+    if report is not None and not adjoint.startswith("shine"):  # to which none is a failure
         assert report.status.tolist() == [0] * given.num_problems
 
 
@@ -175,7 +184,7 @@ def cotangent(kind: str) -> Tensor:
 def gradients(adjoint: str, kind: str) -> tuple[Tensor, ...]:
     """Dense for an exact method; for others its own, on rows, with the plainest solver."""
     given, made = StateProblem(kind), parse(Adjoint, adjoint)
-    if made.exact:
+    if made.exact or adjoint.startswith("shine"):
         return given.gradients(cotangent(kind))
     plain = solve(
         given.packed,
@@ -193,6 +202,7 @@ def gradients(adjoint: str, kind: str) -> tuple[Tensor, ...]:
 
 EXACT = [text for text in flat(ADJOINTS) if parse(Adjoint, text).exact]
 APPROXIMATE = [text for text in flat(ADJOINTS) if text not in EXACT]
+TWICE = [text for text in EXACT if not text.startswith("reversible_adjoint")]
 FEW = {
     ("anderson", EXACT[0]),
     ("broyden", "unrolled(checkpoint=True)"),
@@ -223,7 +233,7 @@ def sources() -> tuple[Tensor, Tensor]:
     ("solver", "adjoint"),
     [
         pytest.param(*pair, marks=() if pair in FEW else pytest.mark.slow, id="-".join(pair))
-        for pair in product(flat(SOLVERS), EXACT)
+        for pair in product(flat(SOLVERS), TWICE)
         if refusal(*pair) is None
     ],
 )
@@ -244,6 +254,6 @@ def test_first_and_second_derivatives(
 def test_second_derivatives_of_an_approximation_are_refused(
     adjoint: str, sources: tuple[Tensor, Tensor]
 ) -> None:
-    z = layer(*sources, "anderson", adjoint)
+    z = layer(*sources, "broyden", adjoint)
     with pytest.raises(SecondDerivativeError, match="second"):
         torch.autograd.grad(z.square().sum(), sources[0], create_graph=True)

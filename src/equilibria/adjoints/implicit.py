@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from equilibria.core.adjoint import Adjoint, Forward, SecondDerivativeError
 from equilibria.core.autocast import without_autocast
+from equilibria.core.clock import clock
 from equilibria.core.closure import covers, graph_position
 from equilibria.core.errors import UserError
 from equilibria.core.functional import solve_transformed
@@ -25,6 +25,7 @@ from equilibria.core.parameters import check_not_negative, check_positive_intege
 from equilibria.core.problem import Problem
 from equilibria.core.solver import Solver
 from equilibria.core.status import enforce
+from equilibria.core.warm_start import Start, WarmStart
 from equilibria.linear.fixed_point import FixedPoint
 from equilibria.linear.gmres import GMRES
 
@@ -54,9 +55,13 @@ class Implicit(Adjoint):
             it, changes nothing.
         atol: absolute backward tolerance; 0 because cotangents have no natural scale.
         max_steps: backward step limit.
+        warm_start: where the backward solve starts: `Previous()` or `Cached(...)`, which guess u
+            by what it was when the sample was last solved. None starts from zero. The tolerance
+            stays relative to the cotangent, so the gradient is as exact as without.
 
     Raises:
-        UserError: a solver of neither kind, a negative tolerance, max_steps below 1.
+        UserError: a solver of neither kind, a negative tolerance, max_steps below 1, a warm start
+            that remembers nothing.
 
     References:
         Bai, Kolter and Koltun, Deep Equilibrium Models, arXiv 1909.01377, theorem 1.
@@ -66,6 +71,7 @@ class Implicit(Adjoint):
     rtol: float = 1e-4
     atol: float = 0.0
     max_steps: int = 50
+    warm_start: WarmStart | None = None
 
     exact = True
 
@@ -80,6 +86,22 @@ class Implicit(Adjoint):
         if self.rtol == self.atol == 0.0:
             raise UserError("rtol and atol of Implicit are both 0; give at least one")
         check_positive_integer("max_steps", self.max_steps)
+        if self.warm_start is not None and not (
+            isinstance(self.warm_start, WarmStart) and self.warm_start.recalls  # pyright: ignore[reportUnnecessaryIsInstance]
+        ):
+            raise UserError(
+                f"Implicit(warm_start={self.warm_start!r}) does not know where earlier solves "
+                "ended; give Previous() or Cached(num_entries), or None to start from zero"
+            )
+
+    @property
+    def backward_warm_start(self) -> WarmStart | None:
+        """That of the linear solve."""
+        return self.warm_start
+
+    def without_warm_start(self) -> Implicit:
+        """The same starting from zero."""
+        return replace(self, warm_start=None)
 
     def attach(self, forward: Forward, z: Tensor) -> Tensor:
         """Record one evaluation at z and attach the implicit edge to it."""
@@ -90,17 +112,30 @@ class Implicit(Adjoint):
         return solve_transformed(forward, partial(self.solve_linear, forward))
 
     def solve_linear(
-        self, forward: Forward, a: Callable[[Tensor], Tensor], b: Tensor, what: str
+        self,
+        forward: Forward,
+        a: Callable[[Tensor], Tensor],
+        b: Tensor,
+        what: str,
+        warm: Start | None = None,
     ) -> Tensor:
         """Solve u = a(u) + b and report on it as `what`."""
-        start = time.perf_counter()
+        start = clock()
         linear = self.solver if isinstance(self.solver, LinearSolver) else FixedPoint(self.solver)
         with without_autocast(b.device):
             result = linear.solve(
-                a, b, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps, trace=forward.trace
+                a,
+                b,
+                rtol=self.rtol,
+                atol=self.atol,
+                max_steps=self.max_steps,
+                guess=None if warm is None else warm.guess(),
+                trace=forward.trace,
             )
+        if warm is not None:
+            warm.remember(result.u, result.status, result.relative_residual)
         forward.report.result = result
-        forward.report.seconds += time.perf_counter() - start
+        forward.report.seconds += clock() - start
         enforce(result.status, forward.on_failure, what)
         return result.u
 
@@ -134,7 +169,11 @@ class _FixedPointEdge:
     def cotangent(self, g: Tensor) -> Tensor:
         """Solve u = J^T u + g on the recorded evaluation."""
         return self._adjoint.solve_linear(
-            self._forward, transposed_jacobian(self._taped), g, "the backward solve"
+            self._forward,
+            transposed_jacobian(self._taped),
+            g,
+            "the backward solve",
+            self._forward.start,
         )
 
     def differentiable_gradients(
@@ -155,8 +194,8 @@ class _FixedPointEdge:
             if not (self._inputs_are_complete or covers(here.fz, known, start)):
                 raise SecondDerivativeError(
                     "f depends on a tensor that was not seen when it was recorded (inside a "
-                    "compiled function, say), so a second derivative would be incomplete; give "
-                    "all such tensors to solve(..., inputs=[...])"
+                    "compiled function, say), so a second derivative would be incomplete; leave f "
+                    "uncompiled, or give all such tensors to solve(..., inputs=[...])"
                 )
             with torch.no_grad():
                 solution = self.cotangent(g)
@@ -165,8 +204,10 @@ class _FixedPointEdge:
                 solution,
                 inputs=(here.z, g, *inputs),
             )
+            # Its own derivatives are other systems than the one that a warm start knows.
+            cold = replace(self._forward, start=None)
             u = _FixedPointEdge(
-                system, solution, self._adjoint, self._forward, inputs_are_complete=True
+                system, solution, self._adjoint, cold, inputs_are_complete=True
             ).attach()
             with gate.closed():
                 return torch.autograd.grad(here.fz, inputs, u, create_graph=True, allow_unused=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from equilibria.core.adjoint import Adjoint, AttachGraph, Forward
+from equilibria.core.clock import clock
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import rms
 from equilibria.core.jacobian import transposed_jacobian
@@ -52,12 +52,12 @@ class NeumannSeries(Adjoint):
         product = transposed_jacobian(taped)
 
         def series(g: Tensor) -> Tensor:
-            start = time.perf_counter()
+            start = clock()
             total = term = g
             for _ in range(self.num_terms):
                 term = self._clipped(product(term), g)
                 total = total + term
-            forward.report.seconds += time.perf_counter() - start
+            forward.report.seconds += clock() - start
             return total
 
         return AttachGraph.apply(z, taped.fz, "NeumannSeries", series)

@@ -22,7 +22,11 @@ class OneStep(Adjoint):
         Fung et al., JFB: Jacobian-free backpropagation for implicit networks, arXiv 2103.12803.
     """
 
+    @property
+    def traceable(self) -> bool:
+        """One more evaluation is all there is to it."""
+        return True
+
     def attach(self, forward: Forward, z: Tensor) -> Tensor:
         """Record one evaluation at z and attach it."""
-        taped, _ = forward.problem.tape(z)
-        return AttachGraph.apply(z, taped.fz, "OneStep")
+        return AttachGraph.apply(z, forward.problem.image(z.detach()), "OneStep")

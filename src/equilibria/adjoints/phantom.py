@@ -39,6 +39,11 @@ class Phantom(Adjoint):
         check_positive_integer("num_steps", self.num_steps)
         check_relaxation(self.relaxation)
 
+    @property
+    def traceable(self) -> bool:
+        """Its steps are evaluations like others."""
+        return True
+
     def attach(self, forward: Forward, z: Tensor) -> Tensor:
         """Record the damped steps from z and attach them."""
         path = z.detach()

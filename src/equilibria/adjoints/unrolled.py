@@ -30,6 +30,12 @@ class Unrolled(Adjoint):
     checkpoint: bool = False
 
     exact = True
+    through_steps = True
+
+    @property
+    def traceable(self) -> bool:
+        """Steps are traced like any code, checkpoints with masks drawn inside are not."""
+        return not self.checkpoint
 
     def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
         """Run the solve with the graph recorded."""

@@ -15,7 +15,9 @@ from equilibria.core.linear import LinearResult
 from equilibria.core.loop import LoopResult
 from equilibria.core.problem import Problem
 from equilibria.core.pure import TransformError, is_forward_mode
+from equilibria.core.solver import Solver
 from equilibria.core.status import OnFailure
+from equilibria.core.warm_start import Start, WarmStart
 
 
 @dataclass
@@ -36,7 +38,9 @@ class BackwardReport:
 class Forward:
     """A forward solve that an adjoint may run, once, in whichever grad mode it needs.
 
-    `run` solves `problem`, or another problem given to it, with the same settings.
+    `run` solves `problem`, or another problem given to it, with the same settings. `notes` are
+    what an adjoint, which is a frozen value, wants to remember of one solve. `start` is the warm
+    start of the backward solve, if the adjoint asked for one.
     """
 
     problem: Problem
@@ -44,6 +48,9 @@ class Forward:
     on_failure: OnFailure
     report: BackwardReport = field(default_factory=BackwardReport)
     trace: bool = False
+    solver: Solver | None = None
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
+    start: Start | None = None
 
 
 class Adjoint(ABC):
@@ -54,6 +61,26 @@ class Adjoint(ABC):
 
     exact: bool = False
     """Whether the gradient is right in the limit of tight tolerances."""
+
+    through_steps: bool = False
+    """Whether it is the gradient of the steps made, and so depends on where they began."""
+
+    @property
+    def traceable(self) -> bool:
+        """Whether torch.compile can make one graph of a solve with this gradient."""
+        return False
+
+    @property
+    def backward_warm_start(self) -> WarmStart | None:
+        """Where its backward solve is to start, if it has one that can start warm."""
+        return None
+
+    def without_warm_start(self) -> Adjoint:
+        """The same with a backward solve that starts cold."""
+        return self
+
+    def check(self, solver: Solver) -> None:  # noqa: B027 - most go with any solver
+        """Raise UserError for a forward solver that this method cannot go with."""
 
     def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
         """Run the solve and return the packed fixed point carrying the graph, and the result.

@@ -38,6 +38,8 @@ class InputRecorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Look at the arguments, then run the operation as usual."""
+        if torch.compiler.is_compiling():  # what f has compiled stays one graph; see `covers`
+            return func(*args, **(kwargs or {}))
         for value in pytree.tree_leaves((args, kwargs)):
             if isinstance(value, Tensor) and id(value) not in self._found:
                 self._consider(value)

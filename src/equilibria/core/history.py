@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from equilibria.core.precision import widest
+
 
 class Ring:
     """The last `size` vectors of every sample, as one (B, size, D) tensor.
@@ -40,29 +42,33 @@ class Ring:
         """Forget all vectors; their slots are written anew."""
         self.num_pushed = 0
 
-    def push_difference(self, new: Tensor, old: Tensor) -> Tensor:
-        """Append `new - old` (B, D) and return it."""
+    def push_difference(self, new: Tensor, old: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Append `new - old` (B, D) and return it.
+
+        Samples outside of `rows` (B, 1) keep what is in the slot, and that is returned for them.
+        """
         slot = self.num_pushed % self.size
         self.num_pushed += 1
-        if torch.is_grad_enabled():
-            difference = new - old
-            self._buffer = torch.cat(
-                [self._buffer[:, :slot], difference.unsqueeze(1), self._buffer[:, slot + 1 :]], 1
-            )
-            return difference
-        return torch.sub(new, old, out=self._buffer[:, slot])
+        recording = torch.is_grad_enabled()
+        # compiled code knows no out= that is a slice
+        if rows is None and not recording and not torch.compiler.is_compiling():
+            return torch.sub(new, old, out=self._buffer[:, slot])
+        difference = new - old
+        if rows is not None:
+            difference = torch.where(rows, difference, self._buffer[:, slot])
+        if not recording:
+            return self._buffer[:, slot].copy_(difference)
+        self._buffer = torch.cat(
+            [self._buffer[:, :slot], difference.unsqueeze(1), self._buffer[:, slot + 1 :]], 1
+        )
+        return difference
 
 
 class SmallMatrix:
     """A (B, size, size) matrix of inner products, kept beside a `Ring`, one slot at a time."""
 
     def __init__(self, like: Tensor, size: int) -> None:
-        # Small systems are solved in double where the device has it: they are the only place
-        # where rounding is amplified, and they cost nothing.
-        double = like.device.type != "mps"
-        self._matrix = like.new_zeros(
-            like.shape[0], size, size, dtype=torch.float64 if double else torch.float32
-        )
+        self._matrix = like.new_zeros(like.shape[0], size, size, dtype=widest(like.device))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -56,5 +57,29 @@ class LinearSolver(ABC):
         relative to it would call that a success. Scaling b scales u and changes nothing else.
         Success is claimed only where the dtype can resolve the tolerance at the size of u.
 
-        `guess` is where to start, if anything is known.
+        `guess` (B, D) is what u may be like, up to its scale, if anything is known: the solution
+        of a similar system. It is taken for what it is worth (see `start_from`): whatever it is,
+        the result is as right as without it. NaN says that nothing is known of a sample.
         """
+
+
+def start_from(a: Callable[[Tensor], Tensor], b: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+    """The best multiple of a guess of each sample, and its residual b - (I - A) u; one product.
+
+        u = c guess,   c = <w, b> / <w, w>,   w = (I - A) guess
+
+    So no guess is worse than u = 0 with its residual b, which is what a sample gets whose guess
+    is useless or not finite; and the scale of b, that of the loss, need not be the guess's.
+    """
+    if not b.numel():
+        return torch.zeros_like(b), b
+    guess = torch.where(torch.isfinite(guess).all(1, keepdim=True), guess, 0.0)
+    w = guess - a(guess)
+    # The largest number becomes 1, so that no square overflows or vanishes.
+    size = w.abs().amax(1, keepdim=True)
+    unit = w / size
+    share = (unit * b).sum(1, keepdim=True) / unit.square().sum(1, keepdim=True)
+    factor = share / size
+    u = factor * guess
+    useful = torch.isfinite(u).all(1, keepdim=True) & torch.isfinite(share)
+    return torch.where(useful, u, 0.0), torch.where(useful, b - share * unit, b)

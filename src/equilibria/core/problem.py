@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -88,7 +89,7 @@ class Problem:
                 image = self.call(state)
             if watched is not None:
                 watched.check()
-            return self.layout.pack(image)
+            return _kept(self.layout.pack(image))
 
     def call(self, state: State) -> State:
         """f on a state, with the masks and weights of this solve."""
@@ -118,6 +119,16 @@ class Problem:
             with InputRecorder(exclude=free) as recorder:
                 image = self.image(free)
             return Iterate(free, image), recorder.inputs
+
+
+def _kept(image: Tensor) -> Tensor:
+    """The image, copied where a compiled f may write its next one to the same memory.
+
+    CUDA graphs (`mode="reduce-overhead"`) do that, while solvers look back at several images.
+    """
+    if torch.compiler.is_compiling() or not image.is_cuda:
+        return image
+    return image.clone() if "torch._inductor.cudagraph_trees" in sys.modules else image
 
 
 def _known_inputs(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

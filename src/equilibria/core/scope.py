@@ -89,10 +89,12 @@ _active = _Active()
 def _outside_of_checkpoints() -> AbstractContextManager[object]:
     """Hide from a checkpoint around an evaluation, which would expect the value to be made again.
 
-    Function transforms refuse such hooks, and checkpoints as well.
+    Function transforms and compiled code refuse such hooks, and checkpoints as well.
     """
     transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-    return nullcontext() if transformed else saved_tensors_hooks(_same, _same)
+    if transformed or torch.compiler.is_compiling():
+        return nullcontext()
+    return saved_tensors_hooks(_same, _same)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

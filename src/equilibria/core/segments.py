@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from equilibria.core.errors import UserError
+from equilibria.core.precision import widest
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Segments:
         starts = torch.cumsum(counts, 0) - counts
         position = torch.empty_like(index)
         position[order] = torch.arange(index.numel(), device=index.device) - starts[index[order]]
-        scale = (capacity / counts.clamp_min(1).to(torch.float64)).sqrt()
+        scale = (capacity / counts.clamp_min(1).to(widest(index.device))).sqrt()
         return Segments(index * capacity + position, num_segments, capacity, scale)
 
     def pad(self, rows: Tensor) -> Tensor:

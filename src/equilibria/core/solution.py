@@ -31,6 +31,8 @@ class Solution:
         states: the intermediate states asked for, then the final one; empty if none were.
         trace: relative residual after every step (num_steps + 1, B), NaN once a sample is
             finished; None unless asked for.
+        warm_started: mask (B,) of the samples that a warm start let begin elsewhere than at the
+            initial state; None without one.
         problem: what was solved, with the masks and normalised weights of that solve, for
             regularisers and measurements at z. Keeps f and what it closes over alive as long as
             the solution; where many solutions are collected, keep their z.
@@ -46,6 +48,7 @@ class Solution:
     backward: BackwardReport
     states: tuple[State, ...] = ()
     trace: Tensor | None = None
+    warm_started: Tensor | None = None
     problem: Problem | None = field(default=None, repr=False, compare=False)
 
     @property

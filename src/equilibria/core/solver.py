@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from equilibria.core.iterate import Iterate
 from equilibria.core.problem import Evaluate
@@ -33,3 +36,12 @@ class Solver(ABC):
         May write to its own buffers in `state`, never to `iterate`. Samples are independent:
         row b of the result depends on row b of what it is given only.
         """
+
+    def inverse_jacobian_t(self, state: Any, iterate: Iterate) -> Callable[[Tensor], Tensor] | None:
+        """The estimate of u = (I - J^T)^-1 g that the solve has built, as a map g -> u on (B, D).
+
+        For the `Shine` gradient. Asked once, after the solve: `state` is its memory, which may be
+        written to, and `iterate` what it returned. The map keeps only what it needs. None where a
+        method estimates no Jacobian, which is the default.
+        """
+        return None

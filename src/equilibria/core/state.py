@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -37,6 +36,11 @@ class Leaf:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_permuted(self) -> bool:
+        """Whether it is not packed in the order of its dimensions."""
+        return self.order != tuple(range(len(self.shape)))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -53,6 +57,8 @@ class Layout:
     dtype: torch.dtype
     device: torch.device
     segments: Segments | None = None
+    is_plain: bool = False
+    """One tensor whose packed form is a view of it: nothing to convert, permute or join."""
 
     @staticmethod
     def of(state: State, batch_dims: Literal[0, 1] = 1, segments: Tensor | None = None) -> Layout:
@@ -71,7 +77,8 @@ class Layout:
         for name, leaf in named:
             _check_leaf(name, leaf, batch_dims)
         tensors = [leaf for _, leaf in named]
-        batch_size = int(tensors[0].shape[0]) if batch_dims else 1
+        # no int(...): under torch.export the batch size may be a symbol
+        batch_size = tensors[0].shape[0] if batch_dims else 1
         for name, tensor in named:
             if batch_dims and tensor.shape[0] != batch_size:
                 raise StateError(
@@ -91,17 +98,20 @@ class Layout:
         dtype = torch.float32
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
+        leaves = tuple(
+            Leaf(name, tuple(t.shape[batch_dims:]), t.dtype, _order(t, batch_dims))
+            for name, t in named
+        )
+        bare = treespec.is_leaf() and batch_dims == 1 and segments is None
         return Layout(
             treespec=treespec,
-            leaves=tuple(
-                Leaf(name, tuple(t.shape[batch_dims:]), t.dtype, _order(t, batch_dims))
-                for name, t in named
-            ),
+            leaves=leaves,
             batch_dims=batch_dims,
             batch_size=batch_size,
             dtype=dtype,
             device=tensors[0].device,
             segments=None if segments is None else _segments(segments, tensors[0], batch_dims),
+            is_plain=bare and leaves[0].dtype == dtype and not leaves[0].is_permuted,
         )
 
     @property
@@ -114,25 +124,13 @@ class Layout:
         """Whether unpacking loses precision because a leaf is narrower than the packed dtype."""
         return any(leaf.dtype != self.dtype for leaf in self.leaves)
 
-    @cached_property
-    def _is_plain(self) -> bool:
-        """One tensor whose packed form is a view of it: nothing to convert, permute or join."""
-        leaf = self.leaves[0]
-        return (
-            self.treespec.is_leaf()
-            and self.batch_dims == 1
-            and self.segments is None
-            and leaf.dtype == self.dtype
-            and leaf.order == tuple(range(len(leaf.shape)))
-        )
-
     def pack(self, state: State) -> Tensor:
         """Flatten a state of this layout to (B, D). A single tensor is a view where possible.
 
         Raises:
             StateError: the tree, a shape, a dtype or a device differs from the layout's.
         """
-        if self._is_plain and isinstance(state, Tensor):
+        if self.is_plain and isinstance(state, Tensor):
             return self._flatten(self.leaves[0], state)
         tensors, treespec = pytree.tree_flatten(state)
         if treespec != self.treespec:
@@ -148,7 +146,7 @@ class Layout:
 
     def unpack(self, packed: Tensor) -> State:
         """Turn a packed (B, D) tensor back into a state, each leaf in its own dtype."""
-        if self._is_plain:
+        if self.is_plain:
             return packed.reshape(self.batch_size, *self.leaves[0].shape)
         if self.segments is not None:
             packed = self.segments.unpad(packed, sum(leaf.size for leaf in self.leaves))
@@ -181,7 +179,7 @@ class Layout:
                 f"f(z){leaf.name} is {tensor.dtype}, z{leaf.name} is {leaf.dtype}; start from a "
                 f"z0 of {tensor.dtype}, or cast inside f"
             )
-        if self._is_plain and tensor.dtype == self.dtype:
+        if self.is_plain and tensor.dtype == self.dtype:
             return tensor.reshape(self.batch_size, leaf.size)
         batched = tensor if self.batch_dims else tensor.unsqueeze(0)
         ordered = batched.permute(0, *(d + 1 for d in leaf.order))

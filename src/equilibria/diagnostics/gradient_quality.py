@@ -106,7 +106,8 @@ def gradient_quality(
     Raises:
         UserError: no parameter of the cell requires a gradient.
     """
-    settings = deq.settings if adjoint is None else replace(deq.settings, adjoint=adjoint)
+    settings = deq.settings.cold()
+    settings = settings if adjoint is None else replace(settings, adjoint=adjoint)
     parameters = {name: p for name, p in deq.cell.named_parameters() if p.requires_grad}
     with untouched(deq), torch.enable_grad():
         injection = deq.cell.inject(*inputs, **named_inputs)

@@ -112,7 +112,7 @@ def path_independence(
         return path_independence_of_solve(
             lambda z: deq.cell(z, injection),
             deq.cell.initial_state(injection),
-            settings=settings or deq.settings,
+            settings=(settings or deq.settings).cold(),
             tolerance=tolerance,
             seed=seed,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from equilibria.core.iterate import rms
-from equilibria.core.linear import LinearResult, LinearSolver
+from equilibria.core.linear import LinearResult, LinearSolver, start_from
 from equilibria.core.status import RUNNING, Status
 
 
@@ -38,8 +38,7 @@ class BiCGStab(LinearSolver):
         trace: bool = False,
     ) -> LinearResult:
         """See `LinearSolver.solve`; `max_steps` counts products, so half as many iterations."""
-        u = torch.zeros_like(b) if guess is None else guess
-        r = b if guess is None else a(guess) + b - guess
+        u, r = (torch.zeros_like(b), b) if guess is None else start_from(a, b, guess)
         num_evals = 0 if guess is None else 1
         book = _Book(b, atol + rtol * rms(b))
         book.enter(u, r, 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from equilibria.core.iterate import Measurement, rms
-from equilibria.core.linear import LinearResult, LinearSolver
+from equilibria.core.linear import LinearResult, LinearSolver, start_from
 from equilibria.core.loop import iterate
 from equilibria.core.problem import Problem
 from equilibria.core.solver import Solver
@@ -21,8 +21,8 @@ from equilibria.core.termination import Termination
 class FixedPoint(LinearSolver):
     """Solve u = a(u) + b by running a fixed-point solver on the map u -> a(u) + b.
 
-    Starts from u = b, the one-step gradient, unless given a guess, and keeps the best iterate of
-    each sample. Anderson on this affine map is closely related to GMRES, Picard is the Neumann
+    Starts from u = b, the one-step gradient, unless a guess is of use, and keeps the best iterate
+    of each sample. Anderson on this affine map is closely related to GMRES, Picard is the Neumann
     series.
 
     Args:
@@ -43,7 +43,11 @@ class FixedPoint(LinearSolver):
         trace: bool = False,
     ) -> LinearResult:
         """See `LinearSolver.solve`."""
-        problem = Problem(lambda u: a(u) + b, b if guess is None else guess)
+        start = b
+        if guess is not None:
+            u, _ = start_from(a, b, guess)
+            start = torch.where((u != 0).any(1, keepdim=True), u, b)
+        problem = Problem(lambda u: a(u) + b, start)
         reference = rms(b)
         result = iterate(
             problem,
@@ -59,7 +63,7 @@ class FixedPoint(LinearSolver):
             relative_residual=result.measurement.residual / scale,
             status=result.status,
             num_steps=result.num_steps,
-            num_evals=problem.num_evals,
+            num_evals=problem.num_evals + (guess is not None),
             trace=None if result.trace is None else result.trace.residual / scale,
         )
 

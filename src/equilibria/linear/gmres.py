@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from equilibria.core.iterate import rms
-from equilibria.core.linear import LinearResult, LinearSolver
+from equilibria.core.linear import LinearResult, LinearSolver, start_from
 from equilibria.core.parameters import check_positive_integer
+from equilibria.core.precision import widest
 from equilibria.core.status import RUNNING, Status
 
 Product = Callable[[Tensor], Tensor]
@@ -86,8 +87,9 @@ class _Run:
         self._rtol, self._atol = rtol, atol
         self.num_evals = 0 if guess is None else 1
         self.num_steps_made = 0
-        self.u = torch.zeros_like(b) if guess is None else guess
-        self.residual = b if guess is None else a(guess) + b - guess
+        self.u, self.residual = (
+            (torch.zeros_like(b), b) if guess is None else start_from(a, b, guess)
+        )
         self._target_norm = rms(b)
         self.status = torch.full_like(self._target_norm, RUNNING, dtype=torch.int8)
         self.steps = torch.zeros_like(self._target_norm, dtype=torch.int64)
@@ -162,7 +164,7 @@ class _Arnoldi:
     """
 
     def __init__(self, u: Tensor, residual: Tensor, size: int) -> None:
-        double = torch.float32 if u.device.type == "mps" else torch.float64
+        double = widest(u.device)
         batch = u.shape[0]
         self._u = u
         self._size = size
@@ -235,7 +237,8 @@ class _Arnoldi:
         size = self._r.shape[1]
         inside = torch.arange(size, device=own_size.device) < own_size.unsqueeze(1)
         keep = inside.unsqueeze(1) & inside.unsqueeze(2)
-        triangular = torch.where(keep, self._r, torch.eye(size, dtype=self._r.dtype).to(self._r))
+        eye = torch.eye(size, dtype=self._r.dtype, device=self._r.device)
+        triangular = torch.where(keep, self._r, eye)
         right = torch.where(inside, self._right[:, :size], 0.0).unsqueeze(2)
         return torch.linalg.solve_triangular(triangular, right, upper=True).squeeze(2)
 

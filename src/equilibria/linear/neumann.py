@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from equilibria.core.iterate import rms
-from equilibria.core.linear import LinearResult, LinearSolver
+from equilibria.core.linear import LinearResult, LinearSolver, start_from
 from equilibria.core.status import RUNNING, Status
 
 
@@ -37,8 +37,8 @@ class Neumann(LinearSolver):
         trace: bool = False,
     ) -> LinearResult:
         """See `LinearSolver.solve`. The next term of the series is the residual."""
-        u = b if guess is None else guess
-        term = a(u) if guess is None else a(u) + b - u
+        u, term = (torch.zeros_like(b), b) if guess is None else start_from(a, b, guess)
+        u, term = u + term, a(term)  # without a guess b + A b, the series itself
         reference = rms(b)
         tolerance = atol + rtol * reference
         status = torch.full_like(reference, RUNNING, dtype=torch.int8)
@@ -72,6 +72,6 @@ class Neumann(LinearSolver):
             relative_residual=residual / scale,
             status=status,
             num_steps=num_steps,
-            num_evals=len(residuals),
+            num_evals=len(residuals) + (guess is not None),
             trace=torch.stack(residuals) if trace else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,13 +23,53 @@ Kind = Literal["good", "bad"]
 class BroydenState:
     """Vectors and image differences of the last updates, and their inner products."""
 
-    def __init__(self, iterate: Iterate, size: int) -> None:
+    def __init__(self, iterate: Iterate, size: int, kind: Kind) -> None:
+        self.kind = kind
         self.vectors = Ring(iterate.z, size)
         """Steps for the good method, residual differences for the bad one."""
         self.image_differences = Ring(iterate.z, size)
         self.squares = SmallMatrix(iterate.z, size)
         self.by_images = SmallMatrix(iterate.z, size)
         self.previous: Iterate | None = None
+        """Where the last step began; the next pair is measured from here."""
+        self.latest: Iterate | None = None
+        """Where the last step led."""
+        shape, device = (iterate.z.shape[0], size), iterate.z.device
+        self._born = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def push(self, iterate: Iterate, previous: Iterate) -> tuple[Tensor, Tensor]:
+        """Add a pair; return the vectors and image differences that are in its slot, (B, D) each.
+
+        A sample that did not move keeps its oldest pair where there is no room for another one:
+        what is known of a finished sample must not depend on how long others go on.
+        """
+        count, slot = self.vectors.num_pushed, self.vectors.num_pushed % self.vectors.size
+        rows = None
+        # The bad method would take rounding noise in the images of a resting sample for news.
+        if self.kind == "bad" or count >= self.vectors.size:
+            length = torch.linalg.vector_norm(iterate.z - previous.z, dim=1, keepdim=True)
+            rows = (length > 0) & torch.isfinite(length)
+        kept = self._born[:, slot]
+        self._born[:, slot] = count if rows is None else torch.where(rows[:, 0], count, kept)
+        if self.kind == "good":
+            new = self.vectors.push_difference(iterate.z, previous.z, rows)
+        else:
+            new = self.vectors.push_difference(iterate.residual, previous.residual, rows)
+        return new, self.image_differences.push_difference(iterate.fz, previous.fz, rows)
+
+    def older_rows(self, squares: Tensor) -> Tensor:
+        """The upper triangle by age, sample by sample: row not newer than column."""
+        born = self._born[:, : squares.shape[1]]
+        return torch.where(born.unsqueeze(2) <= born.unsqueeze(1), squares, 0.0)
+
+    def finite_pairs(self) -> tuple[Tensor, Tensor]:
+        """The pairs (B, n, D), zero where f was not finite, in no more memory than they fill."""
+        vectors, images = self.vectors.vectors, self.image_differences.vectors
+        finite = torch.isfinite(vectors.sum(2) + images.sum(2)).unsqueeze(2)
+        full = vectors.shape[1] == self.vectors.size
+        if full:
+            return vectors.masked_fill_(~finite, 0.0), images.masked_fill_(~finite, 0.0)
+        return torch.where(finite, vectors, 0.0), torch.where(finite, images, 0.0)
 
 
 @dataclass(frozen=True)
@@ -101,16 +142,16 @@ class Broyden(Solver):
 
     def init(self, iterate: Iterate, max_steps: int) -> BroydenState:
         """Allocate the pairs, no more than the solve can fill."""
-        return BroydenState(iterate, min(self.history_size or max_steps, max_steps))
+        size = min(self.history_size or max_steps, max_steps)
+        return BroydenState(iterate, size, self.kind)
 
     def step(
         self, evaluate: Evaluate, iterate: Iterate, state: BroydenState
     ) -> tuple[Iterate, BroydenState]:
         """Add the pair of the last step, then take the quasi-Newton step."""
         z, state = self.propose(iterate, state)
-        if self.line_search:
-            return backtrack(evaluate, iterate, z), state
-        return evaluate(z), state
+        state.latest = backtrack(evaluate, iterate, z) if self.line_search else evaluate(z)
+        return state.latest, state
 
     def propose(self, iterate: Iterate, state: BroydenState) -> tuple[Tensor, BroydenState]:
         """The next point, not yet evaluated."""
@@ -126,11 +167,25 @@ class Broyden(Solver):
         z = target if self.relaxation == 1.0 else iterate.z.lerp(target, self.relaxation)
         return z, state
 
+    def inverse_jacobian_t(
+        self, state: BroydenState, iterate: Iterate
+    ) -> Callable[[Tensor], Tensor] | None:
+        """The transposed estimate, the last steps included; holds 2 L state copies at most.
+
+        Good: u = g + S (triu(S^T S) - S^T F)^-T F^T g; bad: u = g - R triu(R^T R)^-T F^T g.
+        """
+        # Both ways to `iterate`: a sample that failed goes back to its best point from the latest,
+        # as it does in the loop while others go on.
+        for point in (state.latest, iterate):
+            if state.previous is not None and point is not None and point is not state.previous:
+                state.push(point, state.previous)
+                state.previous = point
+        return _TransposedInverse(state) if len(state.vectors) else torch.clone
+
 
 def _weights_good(state: BroydenState, iterate: Iterate, previous: Iterate) -> Tensor:
     """Add the last pair and solve (triu(S^T S) - S^T F) w = S^T r; (B, 1, n) weights of F."""
-    new_step = state.vectors.push_difference(iterate.z, previous.z)
-    new_image = state.image_differences.push_difference(iterate.fz, previous.fz)
+    new_step, new_image = state.push(iterate, previous)
     steps, images = state.vectors.vectors, state.image_differences.vectors
     slot, dtype = state.vectors.newest, state.squares.dtype
     residual = iterate.fz - iterate.z
@@ -142,28 +197,45 @@ def _weights_good(state: BroydenState, iterate: Iterate, previous: Iterate) -> T
     state.by_images.set_column(slot, by_image)
     state.by_images.set_row(slot, row)
     squares = state.squares.leading(steps.shape[1])
-    system = _older_rows(state, squares) - state.by_images.leading(steps.shape[1])
+    system = state.older_rows(squares) - state.by_images.leading(steps.shape[1])
     return _solve(squares, system, right).to(steps.dtype).unsqueeze(1)
 
 
 def _weights_bad(state: BroydenState, iterate: Iterate, previous: Iterate) -> Tensor:
     """Add the last pair and solve triu(R^T R) w = -R^T r; (B, 1, n) weights of F."""
+    new, _ = state.push(iterate, previous)
     residual = iterate.fz - iterate.z
-    new = state.vectors.push_difference(residual, previous.fz - previous.z)
-    state.image_differences.push_difference(iterate.fz, previous.fz)
     vectors, slot = state.vectors.vectors, state.vectors.newest
     products = torch.bmm(vectors, torch.stack((new, residual), dim=2))
     column, right = products.to(state.squares.dtype).unbind(2)
     state.squares.set_column(slot, column)
     state.squares.set_row(slot, column)
     squares = state.squares.leading(vectors.shape[1])
-    return _solve(squares, _older_rows(state, squares), -right).to(vectors.dtype).unsqueeze(1)
+    return _solve(squares, state.older_rows(squares), -right).to(vectors.dtype).unsqueeze(1)
 
 
-def _older_rows(state: BroydenState, squares: Tensor) -> Tensor:
-    """The upper triangle by age: row not newer than column."""
-    ages = torch.tensor(state.vectors.ages, device=squares.device)
-    return torch.where(ages.unsqueeze(1) >= ages.unsqueeze(0), squares, 0.0)
+class _TransposedInverse:
+    """The map g -> (I - J^T)^-1 g by the estimate of Broyden's method, from its pairs.
+
+    Transposes of the forms in `Broyden`: with w = M^-T F^T g for the small matrix M of the method,
+    u = g + S w (good), u = g + R w (bad, where M = -triu(R^T R)).
+    """
+
+    def __init__(self, state: BroydenState) -> None:
+        vectors, images = state.finite_pairs()
+        self._vectors, self._images = vectors, images
+        dtype = state.squares.dtype
+        self._squares = torch.bmm(vectors, vectors.mT).to(dtype)
+        older = state.older_rows(self._squares)
+        if state.kind == "good":
+            self._system = older - torch.bmm(vectors, images.mT).to(dtype)
+        else:
+            self._system = -older
+
+    def __call__(self, g: Tensor) -> Tensor:
+        right = torch.bmm(self._images, g.unsqueeze(2)).squeeze(2).to(self._squares.dtype)
+        weights = _solve(self._squares, self._system.mT, right).to(g.dtype)
+        return torch.baddbmm(g.unsqueeze(1), weights.unsqueeze(1), self._vectors).squeeze(1)
 
 
 def _solve(squares: Tensor, system: Tensor, right: Tensor) -> Tensor:

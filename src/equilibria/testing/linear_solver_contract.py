@@ -83,6 +83,18 @@ def system(name: str, batch: int = 4) -> LinearSystem:
     return LinearSystem(name, matrix, torch.randn(shape, dtype=torch.float64, generator=draw))
 
 
+GUESSES: dict[str, Callable[[LinearSystem], Tensor]] = {
+    "zeros": lambda system: torch.zeros_like(system.b),
+    "another solution": lambda system: system.solution.flip(0),
+    "its opposite": lambda system: -system.solution.roll(1, 0),
+    "huge numbers": lambda system: 1e200 * system.b.flip(1),
+    "tiny numbers": lambda system: 1e-200 * system.b.flip(1),
+    "NaN": lambda system: torch.full_like(system.b, torch.nan),
+    "infinity": lambda system: torch.full_like(system.b, torch.inf),
+}
+"""Where a linear solver may be told to start."""
+
+
 class LinearSolverContract:
     """Derive a test class, write `make_solver`, say in `supports` what has to be solved.
 
@@ -258,6 +270,48 @@ class LinearSolverContract:
         for twin in (copy.deepcopy(solver), pickle.loads(before), self.make_solver()):
             expect_equal(twin, solver, "copies compare equal")
             expect_equal(self.run(twin, easy.a, easy.b).u, wanted.u, "copies solve alike")
+
+    # --- guesses -------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("guess", GUESSES)
+    def test_no_guess_spoils_the_result(
+        self, solver: LinearSolver, easy: LinearSystem, guess: str
+    ) -> None:
+        """Right or wrong, large or small, not even a number: the same solution."""
+        result = self.run(solver, easy.a, easy.b, guess=GUESSES[guess](easy))
+        expect(result.status == Status.SUCCESS, f"it converges in spite of a guess of {guess}")
+        error = rms(result.u - easy.solution)
+        expect(
+            error <= 1e2 * self.rtol * easy.conditioning * rms(easy.b),
+            f"a guess of {guess} leads elsewhere, errors {error.tolist()}",
+        )
+
+    def test_a_sample_without_a_guess_starts_as_ever(
+        self, solver: LinearSolver, easy: LinearSystem
+    ) -> None:
+        """NaN says that nothing is known; beside samples of which all is."""
+        guess = easy.solution.clone()
+        guess[1] = torch.nan
+        plain = self.run(solver, easy.a, easy.b)
+        result = self.run(solver, easy.a, easy.b, guess=guess)
+        expect_close(result.u[1], plain.u[1], "an unknown sample is solved as without", atol=1e-12)
+        few = 2 * self.products_per_step
+        expect(result.num_steps[[0, 2, 3]] <= few, "known samples are as good as solved")
+
+    def test_a_good_guess_is_used_at_any_scale(
+        self, solver: LinearSolver, easy: LinearSystem
+    ) -> None:
+        """Gradients shrink during training, and loss scaling changes; directions stay."""
+        for scale in (1.0, -1e-3, 2.0**20):
+            result = self.run(solver, easy.a, easy.b, guess=scale * easy.solution)
+            expect(result.status == Status.SUCCESS, "it converges")
+            expect(result.num_evals <= 4, f"the solution times {scale:g} saves nearly everything")
+
+    def test_a_guess_is_not_written_to(self, solver: LinearSolver, easy: LinearSystem) -> None:
+        """It belongs to the caller."""
+        guess = easy.b.flip(0)
+        self.run(solver, easy.a, easy.b, guess=guess)
+        expect_equal(guess, easy.b.flip(0), "the guess is untouched")
 
     # --- tolerances, limits, dtypes ------------------------------------------------------------
 

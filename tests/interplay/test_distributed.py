@@ -1,0 +1,105 @@
+"""DistributedDataParallel over gloo, on the CPU, in processes of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from equilibria import DEQ, Cell, Implicit, OneStep, Phantom, Residual, Unrolled
+from equilibria.core.adjoint import Adjoint
+from equilibria.normalizations.weight_norm import weight_norm
+
+
+class TanhCell(Cell):
+    """Here and not in a fixture, because other processes have to find it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(4, 4)
+        self.input = nn.Linear(3, 4)
+        with torch.no_grad():
+            self.hidden.weight.mul_(0.5)
+
+    def inject(self, x: Tensor) -> Tensor:
+        return self.input(x)
+
+    def initial_state(self, injection: Tensor) -> Tensor:
+        return torch.zeros_like(injection)
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        return torch.tanh(self.hidden(z) + injection)
+
+
+class Twice(nn.Module):
+    """The same layer two times, with another in between."""
+
+    def __init__(self, adjoint: Adjoint) -> None:
+        super().__init__()
+        cell = TanhCell()
+        weight_norm(cell.hidden)
+        self.deq = DEQ(cell, adjoint=adjoint, termination=Residual(1e-10), max_steps=100)
+        self.back = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.deq(self.back(self.deq(x).z)).z
+
+
+def make_model(adjoint: Adjoint) -> Twice:
+    torch.manual_seed(0)
+    return Twice(adjoint).double()
+
+
+def batch() -> Tensor:
+    """Samples that take very different numbers of steps: the ranks stop at different times."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    return x * torch.tensor([[1e-3], [1.0], [10.0], [100.0]], dtype=torch.float64)
+
+
+def train(rank: int, world_size: int, folder: str, adjoint: Adjoint, static_graph: bool) -> None:
+    """Two steps on this rank's share of the batch; the gradients of the last go to a file."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    try:
+        model = DistributedDataParallel(make_model(adjoint), static_graph=static_graph)
+        share = batch().chunk(world_size)[rank]
+        for _ in range(2):
+            model.zero_grad()
+            model(share).square().mean().backward()
+        gradients = {name: p.grad for name, p in model.module.named_parameters()}
+        torch.save(gradients, f"{folder}/gradients{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def expected_gradients(adjoint: Adjoint) -> dict[str, Tensor | None]:
+    model = make_model(adjoint)
+    model(batch()).square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_one_process(tmp_path: Path) -> None:
+    """In this very process."""
+    adjoint = Implicit(rtol=1e-10)
+    train(0, 1, str(tmp_path), adjoint, static_graph=False)
+    found = torch.load(tmp_path / "gradients0.pt", weights_only=True)
+    torch.testing.assert_close(found, expected_gradients(adjoint))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static_graph", [False, True])
+@pytest.mark.parametrize(
+    "adjoint", [Implicit(rtol=1e-10), OneStep(), Phantom(), Unrolled()], ids=str
+)
+def test_two_processes(tmp_path: Path, adjoint: Adjoint, static_graph: bool) -> None:
+    mp.spawn(train, args=(2, str(tmp_path), adjoint, static_graph), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, expected_gradients(adjoint))
