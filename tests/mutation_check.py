@@ -225,10 +225,13 @@ TARGETS = (
         ),
         (
             Mutation("output = z.clone()", "output = z"),
-            Mutation("rtol=self._adjoint.rtol", "rtol=1e-1"),
+            Mutation("rtol=self.rtol", "rtol=1e-1"),
             Mutation("return result.u", "return -result.u"),
-            Mutation("return result.u", "return g"),
+            Mutation("return result.u", "return b"),
             Mutation("self.is_open = False", "self.is_open = True"),
+            Mutation("nested = is_nested(inputs)", "nested = False"),
+            Mutation("self._border.closed() if self._border", "nullcontext() if self._border"),
+            Mutation("gate.through(g) if g.requires_grad", "g.detach() if g.requires_grad"),
         ),
     ),
     Target(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -158,7 +158,10 @@ def solve_with(
 ) -> Solution:
     """`solve` with its settings as one object."""
     if torch.compiler.is_compiling() and not _is_traceable(settings):
-        return _outside_of_graphs(
+        from equilibria.core.graph_break import between_graphs
+
+        return between_graphs(
+            _solve_with_numbers,
             f,
             z0,
             settings,
@@ -275,8 +278,6 @@ def _solve_with_numbers(*arguments: Any, **settings: Any) -> Solution:
         raise UserError(_NOT_EXPORTED)
     return solve_with(*arguments, **settings)
 
-
-_outside_of_graphs = cast("Callable[..., Solution]", torch.compiler.disable(_solve_with_numbers))
 
 _NOT_EXPORTED = (
     "torch.export needs a solve that asks for no numbers; under torch.no_grad(), give "

@@ -13,6 +13,7 @@ from equilibria import (
     Implicit,
     Residual,
     SecondDerivativeError,
+    Unrolled,
     solve,
 )
 from equilibria.core.closure import covers, graph_position
@@ -136,3 +137,67 @@ def test_cover_is_judged_by_paths_that_leave_the_evaluation(weight):
     assert covers(output, [before, weight], start)
     assert not covers(output, [before], start)
     assert not covers(output, [weight], start)
+
+
+def stacked(x, weight, adjoint=TIGHT):
+    """Two layers that share a weight: the second one's input depends on it, too."""
+    z = x
+    for _ in range(2):
+        z = solve(
+            lambda z, y=z: torch.tanh(z @ weight.T + y),
+            torch.zeros_like(x),
+            termination=Residual(1e-13, 0.0),
+            adjoint=adjoint,
+            max_steps=200,
+            on_failure="raise",
+        ).z
+    return z
+
+
+def test_a_weight_shared_by_two_layers_is_counted_once(x, weight):
+    loss = stacked(x, weight).square().sum()
+    wanted = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    found = torch.autograd.grad(loss, (x, weight), create_graph=True)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    unrolled = torch.autograd.grad(stacked(x, weight, Unrolled()).square().sum(), (x, weight))
+    for a, b in zip(found, unrolled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_and_third_derivatives_of_layers_that_share_a_weight(x, weight):
+    """A derivative that is recorded equals the same without; a wrong one may be in itself right."""
+    x = x.detach()
+
+    def gradient(weight):
+        loss = stacked(x, weight).square().sum()
+        return torch.autograd.grad(loss, weight, create_graph=True)[0]
+
+    assert gradcheck(gradient, (weight,))
+    along = gradient(weight)[0, 1]
+    (plain,) = torch.autograd.grad(along, weight, retain_graph=True)
+    (recorded,) = torch.autograd.grad(along, weight, create_graph=True)
+    torch.testing.assert_close(recorded, plain)
+    (third,) = torch.autograd.grad(recorded[1, 2], weight)
+    step = 1e-5 * torch.eye(4, dtype=torch.float64)[0].outer(torch.ones(4, dtype=torch.float64))
+
+    def second(weight):
+        return torch.autograd.grad(gradient(weight)[0, 1], weight)[0][1, 2]
+
+    ahead, behind = ((weight + sign * step).detach().requires_grad_() for sign in (1.0, -1.0))
+    quotient = (second(ahead) - second(behind)) / 2e-5
+    torch.testing.assert_close(third[0].sum(), quotient, rtol=1e-4, atol=1e-6)
+
+
+def test_computed_inputs_of_what_cannot_be_looked_into_raise(x, weight):
+    """As compiled code: the computed one cannot be exchanged, and would be counted twice."""
+    y = x @ weight
+
+    def hidden(z):
+        with torch._C.DisableTorchFunction():
+            return torch.tanh(z @ weight.T + y)
+
+    solution = solve(hidden, torch.zeros_like(x), adjoint=TIGHT, inputs=[weight, y])
+    torch.autograd.grad(solution.z.sum(), weight, retain_graph=True)
+    with pytest.raises(SecondDerivativeError, match="computed from others"):
+        torch.autograd.grad(solution.z.sum(), weight, create_graph=True)

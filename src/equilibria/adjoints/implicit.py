@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from equilibria.core.adjoint import Adjoint, Forward, SecondDerivativeError
 from equilibria.core.autocast import without_autocast
 from equilibria.core.clock import clock
-from equilibria.core.closure import covers, graph_position
+from equilibria.core.closure import Exchange, covers, graph_position, is_nested
 from equilibria.core.errors import UserError
 from equilibria.core.functional import solve_transformed
 from equilibria.core.iterate import Iterate
@@ -153,9 +153,10 @@ class _FixedPointEdge:
         adjoint: Implicit,
         forward: Forward,
         *,
-        inputs_are_complete: bool = False,
+        border: _Gate | None = None,
     ) -> None:
-        self._inputs_are_complete = inputs_are_complete
+        """`border` is the gate around all inputs of a problem whose inputs are known completely."""
+        self._border = border
         self._problem = problem
         self._adjoint = adjoint
         self._forward = forward
@@ -185,32 +186,48 @@ class _FixedPointEdge:
         z itself, so that the result depends on z, and u is the solution of another fixed-point
         problem, u = h(u) with h(u) = (df/dz)^T u + g, which is differentiated implicitly too.
         """
-        start = graph_position()
+        gate = _Gate(self._border)
         with torch.enable_grad():
-            gate = _Gate()
-            here = Iterate(gate.through(z), z)
-            here = Iterate(here.z, self._problem.image(here.z))
-            known = (*inputs, here.z)
-            if not (self._inputs_are_complete or covers(here.fz, known, start)):
-                raise SecondDerivativeError(
-                    "f depends on a tensor that was not seen when it was recorded (inside a "
-                    "compiled function, say), so a second derivative would be incomplete; leave f "
-                    "uncompiled, or give all such tensors to solve(..., inputs=[...])"
-                )
+            here, inputs = self._evaluated_at(gate, z, inputs)
             with torch.no_grad():
                 solution = self.cotangent(g)
+            g_inside = gate.through(g) if g.requires_grad else g
             system = Problem(
-                lambda u: transposed_jacobian(here, create_graph=True)(u) + g,
+                lambda u: transposed_jacobian(here, create_graph=True)(u) + g_inside,
                 solution,
-                inputs=(here.z, g, *inputs),
+                inputs=(here.z, g_inside, *inputs),
             )
             # Its own derivatives are other systems than the one that a warm start knows.
             cold = replace(self._forward, start=None)
-            u = _FixedPointEdge(
-                system, solution, self._adjoint, cold, inputs_are_complete=True
-            ).attach()
+            u = _FixedPointEdge(system, solution, self._adjoint, cold, border=gate).attach()
             with gate.closed():
                 return torch.autograd.grad(here.fz, inputs, u, create_graph=True, allow_unused=True)
+
+    def _evaluated_at(
+        self, gate: _Gate, z: Tensor, inputs: tuple[Tensor, ...]
+    ) -> tuple[Iterate, tuple[Tensor, ...]]:
+        """f recorded anew at z, and its inputs, all behind the gate if autograd would pass them."""
+        start = graph_position()
+        free = gate.through(z)
+        if self._border is not None:
+            return Iterate(free, self._problem.image(free)), inputs
+        nested = is_nested(inputs)
+        behind = inputs
+        if nested:
+            behind = tuple(t if t.grad_fn is None else gate.through(t) for t in inputs)
+        with Exchange(inputs, behind) if nested else nullcontext():
+            image = self._problem.image(free)
+        if not covers(image, (*behind, free), start):
+            advice = (
+                "Some of its inputs are computed from others: leave f uncompiled."
+                if nested
+                else "Leave f uncompiled, or give all such tensors to solve(..., inputs=[...])."
+            )
+            raise SecondDerivativeError(
+                "f depends on a tensor that was not seen when it was recorded (inside a "
+                f"compiled function, say), so a second derivative would be incomplete. {advice}"
+            )
+        return Iterate(free, image), behind
 
 
 class _Implicit(torch.autograd.Function):
@@ -243,25 +260,27 @@ class _Implicit(torch.autograd.Function):
 
 
 class _Gate:
-    """An identity whose backward can be shut, to differentiate f at fixed z.
+    """An identity whose backward can be shut, to differentiate f at fixed z and fixed inputs.
 
     Shut while the partial derivatives are taken; open afterwards, so that their own dependence
-    on z is seen.
+    on z and on what computed inputs were made of is seen. Shuts what it stands in front of, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, border: _Gate | None = None) -> None:
         self.is_open = True
+        self._border = border
 
     def through(self, z: Tensor) -> Tensor:
         return _GateFunction.apply(z, self)
 
     @contextmanager
     def closed(self) -> Generator[None]:
-        self.is_open = False
-        try:
-            yield
-        finally:
-            self.is_open = True
+        with self._border.closed() if self._border else nullcontext():
+            self.is_open = False
+            try:
+                yield
+            finally:
+                self.is_open = True
 
 
 class _GateFunction(torch.autograd.Function):

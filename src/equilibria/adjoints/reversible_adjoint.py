@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from equilibria.core.adjoint import Adjoint, Forward, refuse_second_derivatives
 from equilibria.core.autocast import without_autocast
 from equilibria.core.clock import clock
-from equilibria.core.closure import covers, graph_position
+from equilibria.core.closure import Exchange, covers, graph_position, is_nested
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import rms
 from equilibria.core.linear import LinearResult
@@ -130,7 +127,7 @@ class _WayBack:
         """The tensors that f depends on besides z; found by one evaluation."""
         _require(covers(taped.fz, (taped.z, *self.inputs), start))
         self._versions = self._current_versions()
-        self._stand_ins = _StandIns(self.inputs) if _is_nested(self.inputs) else None
+        self._free_inputs = _free(self.inputs) if is_nested(self.inputs) else self.inputs
 
     def _current_versions(self) -> list[int]:
         return [tensor._version for tensor in self.inputs]
@@ -164,7 +161,7 @@ class _WayBack:
         on, which the same formula undoes.
         """
         b, rest = self._keep
-        sweep = _Sweep(self._problem, self.inputs, self._stand_ins)
+        sweep = _Sweep(self._problem, self.inputs, self._free_inputs)
         z, y = self._z, self._y
         z_bar, y_bar = torch.where(rows.unsqueeze(1), g, 0.0), torch.zeros_like(g)
         num_steps = int(self._num_steps.max()) if self._num_steps.numel() else 0
@@ -227,12 +224,10 @@ class _Sweep:
     error: Tensor
     """The same, relative."""
 
-    def __init__(
-        self, problem: Problem, inputs: Sequence[Tensor], stand_ins: _StandIns | None
-    ) -> None:
+    def __init__(self, problem: Problem, inputs: Sequence[Tensor], free: Sequence[Tensor]) -> None:
         self._problem = problem
-        self._stand_ins = stand_ins
-        self._inputs = inputs if stand_ins is None else stand_ins.tensors
+        self._exchange = nullcontext() if free is inputs else Exchange(inputs, free)
+        self._inputs = free
         self._totals: list[Tensor | None] = [None] * len(inputs)
         self.num_products = 0
 
@@ -244,7 +239,7 @@ class _Sweep:
     def pull(self, z: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """f(z), and the cotangent of z that belongs to that of f(z)."""
         start = 0 if self.num_products else _beginning()
-        with torch.enable_grad(), self._stand_ins or nullcontext():
+        with torch.enable_grad(), self._exchange:
             free = z.detach().requires_grad_()
             image = self._problem.image(free)
         if not image.requires_grad:
@@ -262,6 +257,11 @@ class _Sweep:
         return image.detach(), torch.zeros_like(z) if pulled is None else pulled
 
 
+def _free(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of the computed inputs without their history, and the others as they are."""
+    return tuple(t if t.grad_fn is None else t.detach().requires_grad_() for t in inputs)
+
+
 def _beginning() -> int:
     """The position in the graph from where on nodes belong to the evaluation that follows."""
     torch.clear_autocast_cache()  # weights that were cast before have nodes of before
@@ -276,51 +276,6 @@ def _require(complete: bool) -> None:
             "function, or exchanged since then), so ReversibleAdjoint would miss its gradient; "
             "name all such tensors in solve(..., inputs=[...]), or use Unrolled()"
         )
-
-
-def _is_nested(inputs: Sequence[Tensor]) -> bool:
-    """Whether an input was computed from another one, as where a layer is used twice."""
-    leaves = {id(tensor) for tensor in inputs if tensor.grad_fn is None}
-    nodes = {tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None}
-    waiting = [parent for node in nodes for parent, _ in node.next_functions]
-    seen = set[Node]()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node in nodes or id(getattr(node, "variable", None)) in leaves:
-            return True
-        seen.add(node)
-        waiting.extend(parent for parent, _ in node.next_functions)
-    return False
-
-
-class _StandIns(TorchFunctionMode):
-    """Puts a free copy in the place of every computed input of f.
-
-    Autograd does not stop at a computed input when another input lies beyond it, and would count
-    what f does to the one as a partial derivative for the other.
-    """
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._replaced = tuple(tensor for tensor in inputs if tensor.grad_fn is not None)
-        copies = {id(tensor): tensor.detach().requires_grad_() for tensor in self._replaced}
-        self._copies = copies
-        self.tensors = tuple(copies.get(id(tensor), tensor) for tensor in inputs)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Exchange the arguments, then run the operation as usual."""
-        return func(*self._exchanged(args), **self._exchanged(kwargs or {}))
-
-    def _exchanged(self, tree: Any) -> Any:
-        return pytree.tree_map_only(Tensor, lambda t: self._copies.get(id(t), t), tree)
 
 
 class _Undo(torch.autograd.Function):

@@ -52,6 +52,50 @@ class InputRecorder(TorchFunctionMode):
             self._found[id(tensor)] = tensor
 
 
+class Exchange(TorchFunctionMode):
+    """Puts other tensors in the place of some, in the arguments of every operation.
+
+    Autograd does not stop at a computed input when another input lies beyond it, and would count
+    what f does to the one as a partial derivative for the other; so `is_nested` inputs are
+    exchanged for tensors at which it does stop. Whether the exchange was seen by all of f,
+    compiled parts included, is for `covers` to tell.
+    """
+
+    def __init__(self, old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._new = {id(a): (a, b) for a, b in zip(old, new, strict=True) if a is not b}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Exchange the arguments, then run the operation as usual."""
+        return func(*self._exchanged(args), **self._exchanged(kwargs or {}))
+
+    def _exchanged(self, tree: Any) -> Any:
+        return pytree.tree_map_only(Tensor, lambda t: self._new.get(id(t), (t, t))[1], tree)
+
+
+def is_nested(inputs: Sequence[Tensor]) -> bool:
+    """Whether an input was computed from another one, as where a layer is used twice."""
+    leaves = {id(tensor) for tensor in inputs if tensor.grad_fn is None}
+    nodes = {tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None}
+    waiting = [parent for node in nodes for parent, _ in node.next_functions]
+    seen = set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node in nodes or id(getattr(node, "variable", None)) in leaves:
+            return True
+        seen.add(node)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
 def covers(output: Tensor, inputs: Iterable[Tensor], start: int) -> bool:
     """Whether every path from `output` back to before node number `start` meets an input.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -40,21 +40,12 @@ Image = Callable[..., Tensor]
 Dims = Sequence[int | None]
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _never_compiled(function: F) -> F:
-    """Keep torch.compile out: it gives tensors other identities."""
-    return cast("F", torch.compiler.disable(function))
-
-
 class SolveLinear(Protocol):
     """Solves u = a(u) + b on plain tensors and reports how it went; `what` names it in messages."""
 
     def __call__(self, a: Map, b: Tensor, what: str) -> Tensor: ...
 
 
-@_never_compiled
 def solve_transformed(
     forward: Forward, solve_linear: SolveLinear | None
 ) -> tuple[Tensor, LoopResult]:
@@ -63,6 +54,16 @@ def solve_transformed(
     Costs one evaluation more than a plain solve, to find what f closes over, and every derivative
     evaluates f anew. `solve_linear=None` returns values without a derivative.
     """
+    if torch.compiler.is_compiling():  # which would give tensors other identities
+        from equilibria.core.graph_break import between_graphs
+
+        return between_graphs(_solve_transformed, forward, solve_linear)
+    return _solve_transformed(forward, solve_linear)
+
+
+def _solve_transformed(
+    forward: Forward, solve_linear: SolveLinear | None
+) -> tuple[Tensor, LoopResult]:
     problem = forward.problem
     pure = PureMap(problem)
     system = _Equation(
