@@ -64,6 +64,14 @@ class Ring:
         return difference
 
 
+def inner_products(x: Tensor, vectors: Tensor) -> Tensor:
+    """Of x (B, D) with vectors (B, n, D), giving (B, n).
+
+    As a row: the CPU's matrix products read that seven times faster than as a column.
+    """
+    return torch.bmm(x.unsqueeze(1), vectors.mT).squeeze(1)
+
+
 class SmallMatrix:
     """A (B, size, size) matrix of inner products, kept beside a `Ring`, one slot at a time."""
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from equilibria.core.history import inner_products
 from equilibria.core.iterate import rms
 from equilibria.core.linear import LinearResult, LinearSolver, start_from
 from equilibria.core.parameters import check_positive_integer
@@ -84,33 +86,32 @@ class _Run:
     ) -> None:
         self._a, self._b = a, b
         self._scale = 1.0 / math.sqrt(max(b.shape[1], 1))
-        self._rtol, self._atol = rtol, atol
         self.num_evals = 0 if guess is None else 1
         self.num_steps_made = 0
         self.u, self.residual = (
             (torch.zeros_like(b), b) if guess is None else start_from(a, b, guess)
         )
         self._target_norm = rms(b)
+        self._tolerance = atol + rtol * self._target_norm
         self.status = torch.full_like(self._target_norm, RUNNING, dtype=torch.int8)
         self.steps = torch.zeros_like(self._target_norm, dtype=torch.int64)
         self._improved = torch.zeros_like(self.status, dtype=torch.bool)
         self._trace: list[Tensor] | None = [] if trace else None
+        self._all_run = True  # as far as the host has been told
         self._judge(rms(self.residual))
 
     def cycle(self, size: int) -> None:
         """Build one Krylov space of at most `size` vectors and move to its best point."""
         arnoldi = _Arnoldi(self.u, self.residual, size)
-        active = self.status == RUNNING
-        own_size = torch.zeros_like(self.steps)
-        for k in range(size):
+        active, before = self.status == RUNNING, self.num_steps_made
+        for _ in range(size):
             norm = arnoldi.extend(self._a)
             self.num_evals += 1
             self.num_steps_made += 1
-            own_size = torch.where(self.status == RUNNING, k + 1, own_size)
-            self._judge(norm * self._scale)
-            if not bool((self.status == RUNNING).any()):
+            if self._judge(norm * self._scale):
                 break
-        u, residual = arnoldi.solution(own_size)
+        made = torch.where(self.status == RUNNING, self.num_steps_made, self.steps) - before
+        u, residual = arnoldi.solution(torch.where(active, made, 0))
         # A sample that broke down to NaN keeps the point it had before this cycle.
         usable = active & torch.isfinite(rms(u)) & torch.isfinite(rms(residual))
         self.u = torch.where(usable.unsqueeze(1), u, self.u)
@@ -124,8 +125,7 @@ class _Run:
     def result(self) -> LinearResult:
         """Close the books: who still runs has hit the step limit."""
         status = torch.where(self.status == RUNNING, Status.MAX_STEPS, self.status)
-        tolerance = self._atol + self._rtol * self._target_norm
-        lost_digits = torch.finfo(self.u.dtype).eps * rms(self.u) > tolerance
+        lost_digits = torch.finfo(self.u.dtype).eps * rms(self.u) > self._tolerance
         status = torch.where((status == Status.SUCCESS) & lost_digits, Status.STALLED, status)
         # Without one finite product the zero start would pass for a gradient of zero; b is the
         # one-step gradient, and its residual is not known.
@@ -144,16 +144,20 @@ class _Run:
     def _relative(self, norm: Tensor) -> Tensor:
         return norm / self._target_norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
-    def _judge(self, norm: Tensor) -> None:
-        running = self.status == RUNNING
+    def _judge(self, norm: Tensor) -> bool:
+        """Note who has arrived or broken down; whether all have."""
         if self._trace is not None:
+            running = self.status == RUNNING
             self._trace.append(torch.where(running, self._relative(norm), torch.nan))
-        tolerance = self._atol + self._rtol * self._target_norm
-        codes = torch.where(norm <= tolerance, Status.SUCCESS, RUNNING)
-        codes = torch.where(torch.isfinite(norm), codes, Status.NONFINITE).to(torch.int8)
-        done = running & (codes != RUNNING)
-        self.status = torch.where(done, codes, self.status)
+        going = (norm > self._tolerance) & (norm < torch.inf)  # NaN is neither
+        if self._all_run and bool(going.all()):
+            return not norm.shape[0]
+        codes = torch.where(torch.isfinite(norm), Status.SUCCESS, Status.NONFINITE)
+        done = (self.status == RUNNING) & ~going
+        self.status = torch.where(done, codes.to(torch.int8), self.status)
         self.steps = torch.where(done, self.num_steps_made, self.steps)
+        self._all_run = False
+        return not bool((self.status == RUNNING).any())
 
 
 class _Arnoldi:
@@ -165,13 +169,13 @@ class _Arnoldi:
 
     def __init__(self, u: Tensor, residual: Tensor, size: int) -> None:
         double = widest(u.device)
-        batch = u.shape[0]
+        batch, room = u.shape[0], min(size, FIRST_VECTORS)
         self._u = u
         self._size = size
-        self._basis = u.new_zeros(batch, min(size, FIRST_VECTORS) + 1, u.shape[1])
-        self._q_transposed = torch.eye(size + 1, dtype=double, device=u.device).repeat(batch, 1, 1)
-        self._r = torch.eye(size, dtype=double, device=u.device).repeat(batch, 1, 1)
-        self._right = u.new_zeros(batch, size + 1, dtype=double)
+        self._basis = u.new_zeros(batch, room + 1, u.shape[1])
+        self._q_transposed = torch.eye(room + 1, dtype=double, device=u.device).repeat(batch, 1, 1)
+        self._r = torch.eye(room, dtype=double, device=u.device).repeat(batch, 1, 1)
+        self._right = u.new_zeros(batch, room + 1, dtype=double)
         self._hessenberg: list[Tensor] = []
         norm = torch.linalg.vector_norm(residual, dim=1)
         self._beta = norm.to(double)
@@ -181,7 +185,8 @@ class _Arnoldi:
 
     def extend(self, a: Product) -> Tensor:
         """Add one vector and return the Euclidean norm (B,) of the best residual."""
-        self._make_room()
+        if self._k + 1 == self._basis.shape[1]:
+            self._make_room()
         k, basis = self._k, self._basis
         column, remainder = _orthogonalise(a(basis[:, k]), basis[:, : k + 1])
         length = torch.linalg.vector_norm(remainder, dim=1)
@@ -201,55 +206,65 @@ class _Arnoldi:
         for k, column in enumerate(self._hessenberg):
             spent[:, : k + 2] -= column * y[:, k : k + 1]
         basis = self._basis[:, : self._k + 1]
-        correction = torch.bmm(y[:, None, : self._k].to(basis.dtype), basis[:, :-1]).squeeze(1)
+        correction = torch.bmm(y.to(basis.dtype).unsqueeze(1), basis[:, :-1]).squeeze(1)
         residual = torch.bmm(spent.unsqueeze(1).to(basis.dtype), basis).squeeze(1)
         return self._u + correction, residual
 
     def _make_room(self) -> None:
-        """Double the basis when it is full: most systems are solved long before a restart."""
-        num_vectors = self._basis.shape[1]
-        if self._k + 1 < num_vectors:
-            return
-        more = min(num_vectors, self._size + 1 - num_vectors)
-        room = self._basis.new_zeros(self._basis.shape[0], more, self._basis.shape[2])
-        self._basis = torch.cat((self._basis, room), dim=1)
+        """Double what is full: most systems are solved long before a restart."""
+        more = min(self._basis.shape[1], self._size + 1 - self._basis.shape[1])
+        self._basis = pad(self._basis, (0, 0, 0, more))
+        self._right = pad(self._right, (0, more))
+        self._q_transposed = _bordered(self._q_transposed, more)
+        self._r = _bordered(self._r, more)
 
     def _rotate(self, projected: Tensor) -> None:
         """Make the new column triangular by one more rotation."""
         k = self._k
-        column = torch.bmm(self._q_transposed[:, : k + 2, : k + 2], projected.unsqueeze(2)).squeeze(
-            2
-        )
+        column = inner_products(projected, self._q_transposed[:, : k + 2, : k + 2])
         length = torch.linalg.vector_norm(column[:, k:], dim=1)
-        inverse = _inverse(length)
-        cos = torch.where(length > 0, column[:, k] * inverse, 1.0)
-        sin = column[:, k + 1] * inverse
+        # A column of zeros, with the space exhausted, can take nothing off the residual.
+        exhausted = length == 0
+        length = torch.where(exhausted, 1.0, length)
+        cos, sin = (column[:, k:] / length.unsqueeze(1)).unbind(1)
+        sin = torch.where(exhausted, 1.0, sin)
         self._r[:, :k, k] = column[:, :k]
-        self._r[:, k, k] = torch.where(length > 0, length, 1.0)
-        upper, lower = self._q_transposed[:, k].clone(), self._q_transposed[:, k + 1].clone()
-        self._q_transposed[:, k] = cos[:, None] * upper + sin[:, None] * lower
-        self._q_transposed[:, k + 1] = cos[:, None] * lower - sin[:, None] * upper
-        self._right[:, k + 1] = -sin * self._right[:, k]
-        self._right[:, k] = cos * self._right[:, k]
+        self._r[:, k, k] = length
+        rotation = torch.stack((cos, sin, -sin, cos), dim=1).view(-1, 2, 2)
+        both = slice(k, k + 2)
+        self._q_transposed[:, both] = torch.bmm(rotation, self._q_transposed[:, both])
+        self._right[:, both] = rotation[:, :, 0] * self._right[:, k : k + 1]
 
     def _coefficients(self, own_size: Tensor) -> Tensor:
-        """Weights (B, size) of the basis vectors; zero beyond each sample's own size."""
-        size = self._r.shape[1]
-        inside = torch.arange(size, device=own_size.device) < own_size.unsqueeze(1)
+        """Weights (B, k) of the basis vectors; zero beyond each sample's own size."""
+        k = self._k
+        inside = torch.arange(k, device=own_size.device) < own_size.unsqueeze(1)
         keep = inside.unsqueeze(1) & inside.unsqueeze(2)
-        eye = torch.eye(size, dtype=self._r.dtype, device=self._r.device)
-        triangular = torch.where(keep, self._r, eye)
-        right = torch.where(inside, self._right[:, :size], 0.0).unsqueeze(2)
+        eye = torch.eye(k, dtype=self._r.dtype, device=self._r.device)
+        triangular = torch.where(keep, self._r[:, :k, :k], eye)
+        right = torch.where(inside, self._right[:, :k], 0.0).unsqueeze(2)
         return torch.linalg.solve_triangular(triangular, right, upper=True).squeeze(2)
 
 
 def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Gram-Schmidt, twice: once is not enough when the vector nearly lies in the space."""
-    column = torch.bmm(basis, vector.unsqueeze(2))
-    vector = vector - torch.bmm(column.transpose(1, 2), basis).squeeze(1)
-    again = torch.bmm(basis, vector.unsqueeze(2))
-    vector = vector - torch.bmm(again.transpose(1, 2), basis).squeeze(1)
-    return (column + again).squeeze(2), vector
+    column = inner_products(vector, basis)
+    vector = _less(vector, column, basis)
+    again = inner_products(vector, basis)
+    return column + again, _less(vector, again, basis)
+
+
+def _less(vector: Tensor, column: Tensor, basis: Tensor) -> Tensor:
+    """vector - basis^T column, (B, D)."""
+    products = torch.baddbmm(vector.unsqueeze(1), column.unsqueeze(1), basis, alpha=-1.0)
+    return products.squeeze(1)
+
+
+def _bordered(matrix: Tensor, more: int) -> Tensor:
+    """A matrix (B, n, n) with so many rows and columns of the identity appended."""
+    larger = pad(matrix, (0, more, 0, more))
+    larger.diagonal(dim1=1, dim2=2)[:, matrix.shape[1] :] = 1.0
+    return larger
 
 
 def _inverse(length: Tensor) -> Tensor:

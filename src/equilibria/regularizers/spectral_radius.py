@@ -11,6 +11,7 @@ from torch import Tensor
 
 from equilibria.core.autocast import without_autocast
 from equilibria.core.errors import UserError
+from equilibria.core.history import inner_products
 from equilibria.core.iterate import Iterate
 from equilibria.core.jacobian import transposed_jacobian
 from equilibria.core.parameters import check_not_negative, check_positive_integer
@@ -174,7 +175,7 @@ def _arnoldi(
         vector = product(basis[:, k])
         norm = torch.linalg.vector_norm(vector, dim=1)
         for _ in range(2):  # once is not enough when the vector nearly lies in the space
-            column = torch.bmm(basis[:, : k + 1], vector.unsqueeze(2))
+            column = inner_products(vector, basis[:, : k + 1]).unsqueeze(2)
             vector = vector - torch.bmm(column.transpose(1, 2), basis[:, : k + 1]).squeeze(1)
             hessenberg[:, : k + 1, k] += column.squeeze(2)
         length = torch.linalg.vector_norm(vector, dim=1)

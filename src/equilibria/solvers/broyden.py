@@ -11,7 +11,7 @@ from torch import Tensor
 
 from equilibria.core.backtracking import backtrack
 from equilibria.core.errors import UserError, nearest
-from equilibria.core.history import Ring, SmallMatrix
+from equilibria.core.history import Ring, SmallMatrix, inner_products
 from equilibria.core.iterate import Iterate
 from equilibria.core.parameters import check_positive_integer, check_relaxation
 from equilibria.core.problem import Evaluate
@@ -187,27 +187,23 @@ def _weights_good(state: BroydenState, iterate: Iterate, previous: Iterate) -> T
     """Add the last pair and solve (triu(S^T S) - S^T F) w = S^T r; (B, 1, n) weights of F."""
     new_step, new_image = state.push(iterate, previous)
     steps, images = state.vectors.vectors, state.image_differences.vectors
-    slot, dtype = state.vectors.newest, state.squares.dtype
-    residual = iterate.fz - iterate.z
-    over_steps = torch.bmm(steps, torch.stack((new_step, new_image, residual), dim=2))
-    by_step, by_image, right = over_steps.to(dtype).unbind(2)
-    row = torch.bmm(images, new_step.unsqueeze(2)).squeeze(2).to(dtype)
+    slot, n = state.vectors.newest, steps.shape[1]
+    by_step, by_image = inner_products(new_step, steps), inner_products(new_image, steps)
     state.squares.set_column(slot, by_step)
     state.squares.set_row(slot, by_step)
     state.by_images.set_column(slot, by_image)
-    state.by_images.set_row(slot, row)
-    squares = state.squares.leading(steps.shape[1])
-    system = state.older_rows(squares) - state.by_images.leading(steps.shape[1])
+    state.by_images.set_row(slot, inner_products(new_step, images))
+    squares = state.squares.leading(n)
+    system = state.older_rows(squares) - state.by_images.leading(n)
+    right = inner_products(iterate.residual, steps)
     return _solve(squares, system, right).to(steps.dtype).unsqueeze(1)
 
 
 def _weights_bad(state: BroydenState, iterate: Iterate, previous: Iterate) -> Tensor:
     """Add the last pair and solve triu(R^T R) w = -R^T r; (B, 1, n) weights of F."""
     new, _ = state.push(iterate, previous)
-    residual = iterate.fz - iterate.z
     vectors, slot = state.vectors.vectors, state.vectors.newest
-    products = torch.bmm(vectors, torch.stack((new, residual), dim=2))
-    column, right = products.to(state.squares.dtype).unbind(2)
+    column, right = inner_products(new, vectors), inner_products(iterate.residual, vectors)
     state.squares.set_column(slot, column)
     state.squares.set_row(slot, column)
     squares = state.squares.leading(vectors.shape[1])
@@ -233,7 +229,7 @@ class _TransposedInverse:
             self._system = -older
 
     def __call__(self, g: Tensor) -> Tensor:
-        right = torch.bmm(self._images, g.unsqueeze(2)).squeeze(2).to(self._squares.dtype)
+        right = inner_products(g, self._images)
         weights = _solve(self._squares, self._system.mT, right).to(g.dtype)
         return torch.baddbmm(g.unsqueeze(1), weights.unsqueeze(1), self._vectors).squeeze(1)
 

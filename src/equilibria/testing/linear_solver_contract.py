@@ -196,6 +196,14 @@ class LinearSolverContract:
         expect(result.status != Status.SUCCESS, "a system without a solution is not solved")
         expect(torch.isfinite(result.u), "the returned u is finite")
 
+    def test_an_exhausted_space_is_no_success(self, solver: LinearSolver) -> None:
+        """I - A maps the first direction to the second and that to zero: b = e_1 is no image."""
+        a = torch.eye(4, dtype=torch.float64)
+        a[1, 0] = -1.0
+        singular = LinearSystem("nilpotent", a.expand(2, 4, 4), torch.eye(4, dtype=a.dtype)[:2])
+        result = self.run(solver, singular.a, singular.b, rtol=1e-4)
+        expect(result.status != Status.SUCCESS, "a system without a solution is not solved")
+
     # --- samples are independent ---------------------------------------------------------------
 
     def test_a_sample_does_not_depend_on_its_batch(
