@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -281,3 +282,19 @@ def test_a_second_derivative_through_one_graph_raises(
         deq = make_deq(solver=Picard(), adjoint=adjoint, **FIXED)
         with pytest.raises(RuntimeError, match="second derivative|double backward"):
             differentiate_twice(compiled(deq))
+
+
+def test_the_first_solve_of_a_thread_may_be_a_compiled_one(x: Tensor) -> None:
+    """What the first call leaves behind must not fail the guards of the second."""
+
+    def run(x: Tensor) -> Tensor:
+        return solve(lambda z: 0.5 * torch.cos(z + x), x, solver=Picard(), **FIXED).z
+
+    def twice() -> list[Tensor]:
+        layer = torch.compile(run, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            return [layer(x) for _ in range(2)]
+
+    with ThreadPoolExecutor(1) as fresh:
+        for found in fresh.submit(twice).result():
+            torch.testing.assert_close(found, run(x))

@@ -80,7 +80,9 @@ def solve_scope() -> Generator[SolveScope]:
 class _Active(threading.local):
     """The scope in use in each thread. A ContextVar would do, but torch.compile cannot trace it."""
 
-    scope: SolveScope | None = None
+    def __init__(self) -> None:
+        # Of the instance, not of the class: what appears at the first use fails compiled guards.
+        self.scope: SolveScope | None = None
 
 
 _active = _Active()
