@@ -14,6 +14,7 @@ from equilibria.core.clock import clock
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import rms
 from equilibria.core.jacobian import transposed_jacobian
+from equilibria.core.linear import scaled_to_one, times_power_of_two
 from equilibria.core.loop import LoopResult
 from equilibria.core.solver import Solver
 from equilibria.linear.gmres import GMRES
@@ -99,10 +100,12 @@ class Shine(Adjoint):
         def backward(g: Tensor) -> Tensor:
             start = clock()
             with without_autocast(g.device):
-                precondition = self._safeguarded(estimate, g)
-                u = precondition(g)
+                unit, exponent = scaled_to_one(g)
+                precondition = self._safeguarded(estimate, unit)
+                u = precondition(unit)
                 if self.refinement:
-                    u = self._refined(forward, product, precondition, g, u)
+                    u = self._refined(forward, product, precondition, unit, u)
+                u = times_power_of_two(u, exponent)
             forward.report.seconds += clock() - start
             return u
 

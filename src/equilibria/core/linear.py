@@ -83,3 +83,23 @@ def start_from(a: Callable[[Tensor], Tensor], b: Tensor, guess: Tensor) -> tuple
     u = factor * guess
     useful = torch.isfinite(u).all(1, keepdim=True) & torch.isfinite(share)
     return torch.where(useful, u, 0.0), torch.where(useful, b - share * unit, b)
+
+
+def scaled_to_one(b: Tensor) -> tuple[Tensor, Tensor]:
+    """b (B, D) with the largest number of every sample between 1/2 and 1, and exponents (B, 1).
+
+        b = 2^exponent * scaled
+
+    Exact, and what makes a linear solve the same for every scale of the loss: sums of squares
+    underflow below 1e-22 in float32, and a system without a right side has the solution 0.
+    """
+    largest = b.abs().amax(1, keepdim=True) if b.shape[1] else b.new_zeros(b.shape[0], 1)
+    _, exponent = torch.frexp(largest)
+    exponent = torch.where((largest > 0) & torch.isfinite(largest), exponent, 0)
+    return times_power_of_two(b, -exponent), exponent
+
+
+def times_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
+    """x * 2^exponent in two steps, because the power alone may be beyond what the dtype holds."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    return torch.ldexp(torch.ldexp(x, half), exponent - half)

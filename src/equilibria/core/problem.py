@@ -16,7 +16,7 @@ from equilibria.core.errors import UserError
 from equilibria.core.iterate import Iterate, Measurement, measure
 from equilibria.core.scope import solve_scope
 from equilibria.core.state import Layout, State
-from equilibria.core.untouched import Untouched
+from equilibria.core.untouched import WROTE_TO_ARGUMENT, WROTE_TO_IMAGE, Untouched
 
 Map = Callable[[Tensor], Tensor]
 """A function on packed states, (B, D) -> (B, D)."""
@@ -75,13 +75,14 @@ class Problem:
         self.z0 = self.layout.pack(z0)
         self._autocast = Autocast(self.layout.device)
         self.num_evals = 0
+        self._first_image: Untouched | None = None
         self.checkpoint = False  # whether recorded evaluations are made again when needed
 
     def image(self, z: Tensor) -> Tensor:
         """Call `f` once on a packed point; with grad enabled the call is recorded."""
         self.num_evals += 1
         state = self.layout.unpack(z)
-        watched = Untouched(state) if self.num_evals == 1 else None  # once tells
+        watched = Untouched(state, WROTE_TO_ARGUMENT) if self.num_evals == 1 else None  # once tells
         with self._autocast.restored():
             if self.checkpoint and torch.is_grad_enabled():
                 image = checkpoint(self.call, state, use_reentrant=False)
@@ -89,6 +90,11 @@ class Problem:
                 image = self.call(state)
             if watched is not None:
                 watched.check()
+                self._first_image = Untouched(image, WROTE_TO_IMAGE)
+            elif self._first_image is not None:
+                self._first_image.check()
+                # two buffers may take turns
+                self._first_image = self._first_image if self.num_evals < 3 else None
             return _kept(self.layout.pack(image))
 
     def call(self, state: State) -> State:

@@ -41,14 +41,14 @@ class Cached(WarmStart):
     Memory: `num_entries` times the size of one sample's state. Cost per call: one copy of the
     batch's states to where the cache lies and one back, which wait for the device.
 
+    Device and dtype are kept by their names ("cpu", "bfloat16"), which may be given as well.
+
     Args:
         num_entries: how many samples to keep at most, commonly all of the data set.
         device: where to keep them; None is where the state is. "cpu", because a whole data set of
             states seldom fits beside the model.
         dtype: a narrower one saves memory, torch.bfloat16 half of float32; None keeps that of the
             packed state. A start in bfloat16 has two to three digits.
-
-        Device and dtype are kept by their names ("cpu", "bfloat16"), which may be given as well.
 
     Raises:
         UserError: num_entries below 1, an unknown device, a dtype that is not floating-point.
