@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import os
@@ -9,6 +10,8 @@ import platform
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("equilibria", "torch", "numpy", "scipy", "torchdeq", "jax", "jaxopt", "optimistix")
@@ -20,7 +23,9 @@ def save(name: str, **content: Any) -> Path:
     path.parent.mkdir(exist_ok=True)
     about = {
         "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": f"{_processor()}, {os.cpu_count()} cores{_accelerator()}",
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
     }
@@ -43,6 +48,11 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _accelerator() -> str:
+    """The name of the CUDA device, if there is one."""
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def _version(package: str) -> str | None:
