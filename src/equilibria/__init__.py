@@ -13,6 +13,7 @@ from equilibria.core.errors import UserError
 from equilibria.core.iterate import Iterate, Measurement
 from equilibria.core.linear import LinearResult, LinearSolver
 from equilibria.core.pure import TransformError
+from equilibria.core.replay import ReplayError
 from equilibria.core.scope import SolveScope, once, solve_scope
 from equilibria.core.solution import Solution
 from equilibria.core.solver import Solver
@@ -78,6 +79,7 @@ __all__ = [
     "Picard",
     "Previous",
     "Random",
+    "ReplayError",
     "Residual",
     "Reversible",
     "ReversibleAdjoint",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -502,27 +503,49 @@ def test_unrolled_steps_are_differentiated_by_the_transform(x, weight):
         grad(lambda x: loss(by_solve, x, weight, adjoint=Unrolled(checkpoint=True)))(x)
 
 
-def test_a_module_out_of_sight_is_an_error_and_no_wrong_number(x):
-    class Hidden:
-        __slots__ = ("module",)
+class Slot:
+    __slots__ = ("module",)
 
-    hidden = Hidden()
-    hidden.module = nn.Linear(3, 3).double()
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = hidden.module
 
-        def forward(self, x):
-            return by_solve(lambda z: torch.tanh(0.3 * hidden.module(z) + x), torch.zeros_like(x))
+class Holder(nn.Module):
+    """A layer whose f reaches a module only through what `held` does."""
 
-    outer = Outer()
-    others = {name: 0.5 * value.detach() for name, value in outer.named_parameters()}
-    for frozen in (False, True):
-        outer.requires_grad_(not frozen)
-        with pytest.raises(TransformError, match="functional_call"):
-            grad(lambda p: functional_call(outer, p, (x,)).sum())(others)
+    def __init__(self, module: nn.Module, held: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.held = held
+
+    def forward(self, x: Tensor, find: Any = by_solve) -> Tensor:
+        module = self.held  # not self, which is a module itself
+
+        def f(z: Tensor) -> Tensor:
+            return torch.tanh(0.3 * (module() if callable(module) else module.module)(z) + x)
+
+        return find(f, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_module_in_a_slot_is_found(x, frozen):
+    linear = nn.Linear(3, 3).double().requires_grad_(not frozen)
+    layer = Holder(linear, Slot(linear))
+    others = {name: 0.5 * value.detach() for name, value in layer.named_parameters()}
+    assert_same(lambda find: grad(lambda p: functional_call(layer, p, (x, find)).sum())(others))
+    assert_same(lambda find: grad(lambda x: functional_call(layer, others, (x, find)).sum())(x))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_module_out_of_sight_is_an_error_and_no_wrong_number(x, frozen):
+    linear = nn.Linear(3, 3).double().requires_grad_(not frozen)
+    hidden = iter(lambda: linear, None)  # no attribute leads to the module
+    layer = Holder(linear, hidden.__next__)
+    others = {name: 0.5 * value.detach() for name, value in layer.named_parameters()}
+    with pytest.raises(TransformError, match="functional_call"):
+        grad(lambda p: functional_call(layer, p, (x,)).sum())(others)
+    with pytest.raises(TransformError, match="functional_call"):  # what is given is a constant
+        grad(lambda x: functional_call(layer, others, (x,)).sum())(x)
 
 
 def test_randomness_inside_f_follows_the_randomness_of_vmap(x, weight):

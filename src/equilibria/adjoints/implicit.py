@@ -19,10 +19,12 @@ from equilibria.core.errors import UserError
 from equilibria.core.functional import solve_transformed
 from equilibria.core.iterate import Iterate
 from equilibria.core.jacobian import transposed_jacobian
-from equilibria.core.linear import LinearSolver
+from equilibria.core.linear import LinearSolver, scaled_to_one, times_power_of_two
 from equilibria.core.loop import LoopResult
 from equilibria.core.parameters import check_not_negative, check_positive_integer
 from equilibria.core.problem import Problem
+from equilibria.core.pure import refuse_batched
+from equilibria.core.replay import Replay
 from equilibria.core.solver import Solver
 from equilibria.core.status import enforce
 from equilibria.core.warm_start import Start, WarmStart
@@ -123,14 +125,21 @@ class Implicit(Adjoint):
         start = clock()
         linear = self.solver if isinstance(self.solver, LinearSolver) else FixedPoint(self.solver)
         with without_autocast(b.device):
+            unit, exponent = scaled_to_one(b)
             result = linear.solve(
                 a,
-                b,
+                unit,
                 rtol=self.rtol,
-                atol=self.atol,
+                atol=self.atol
+                and times_power_of_two(b.new_full(exponent.shape, self.atol), -exponent)[:, 0],
                 max_steps=self.max_steps,
                 guess=None if warm is None else warm.guess(),
                 trace=forward.trace,
+            )
+            result = replace(
+                result,
+                u=times_power_of_two(result.u, exponent),
+                residual=times_power_of_two(result.residual, exponent[:, 0]),
             )
         if warm is not None:
             warm.remember(result.u, result.status, result.relative_residual)
@@ -162,9 +171,12 @@ class _FixedPointEdge:
         self._forward = forward
         self._z = z
         self._taped, self._inputs = problem.tape(z)
+        self._replay = Replay(problem.f, self._taped.fz, problem.rounding)
 
     def attach(self) -> Tensor:
-        """The fixed point, carrying the implicit gradient."""
+        """The fixed point, carrying the implicit gradient if there is anything to give one to."""
+        if not self._inputs and covers(self._taped.fz, (self._taped.z,), 0):
+            return self._z.clone()
         return _Implicit.apply(self._taped.fz, self._z, self, *self._inputs)
 
     def cotangent(self, g: Tensor) -> Tensor:
@@ -177,9 +189,7 @@ class _FixedPointEdge:
             self._forward.start,
         )
 
-    def differentiable_gradients(
-        self, g: Tensor, z: Tensor, inputs: tuple[Tensor, ...]
-    ) -> tuple[Tensor | None, ...]:
+    def differentiable_gradients(self, g: Tensor, z: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for the inputs of f that can be differentiated again.
 
         The recorded evaluation was made at a detached z*. Here f is evaluated anew at the output
@@ -188,7 +198,7 @@ class _FixedPointEdge:
         """
         gate = _Gate(self._border)
         with torch.enable_grad():
-            here, inputs = self._evaluated_at(gate, z, inputs)
+            here, inputs = self._evaluated_at(gate, z)
             with torch.no_grad():
                 solution = self.cotangent(g)
             g_inside = gate.through(g) if g.requires_grad else g
@@ -203,20 +213,22 @@ class _FixedPointEdge:
             with gate.closed():
                 return torch.autograd.grad(here.fz, inputs, u, create_graph=True, allow_unused=True)
 
-    def _evaluated_at(
-        self, gate: _Gate, z: Tensor, inputs: tuple[Tensor, ...]
-    ) -> tuple[Iterate, tuple[Tensor, ...]]:
+    def _evaluated_at(self, gate: _Gate, z: Tensor) -> tuple[Iterate, tuple[Tensor, ...]]:
         """f recorded anew at z, and its inputs, all behind the gate if autograd would pass them."""
+        if self._border is not None:
+            free = gate.through(z)
+            return Iterate(free, self._problem.image(free)), self._inputs
+        torch.clear_autocast_cache()  # weights that were cast before have nodes of before
         start = graph_position()
         free = gate.through(z)
-        if self._border is not None:
-            return Iterate(free, self._problem.image(free)), inputs
-        nested = is_nested(inputs)
-        behind = inputs
+        nested = is_nested(self._inputs)
+        behind = inputs = self._inputs
         if nested:
             behind = tuple(t if t.grad_fn is None else gate.through(t) for t in inputs)
-        with Exchange(inputs, behind) if nested else nullcontext():
+        exchange = Exchange(inputs, behind) if nested else nullcontext()
+        with self._replay.as_then(), exchange:
             image = self._problem.image(free)
+        self._replay.check(image)
         if not covers(image, (*behind, free), start):
             advice = (
                 "Some of its inputs are computed from others: leave f uncompiled."
@@ -251,11 +263,12 @@ class _Implicit(torch.autograd.Function):
         nothing: tuple[None, ...] = (None,) * (len(ctx.needs_input_grad) - 3)
         if cotangents[0] is None:
             return (None, None, None, *nothing)
+        refuse_batched(cotangents[0])
         if not torch.is_grad_enabled():
             return (ctx.edge.cotangent(cotangents[0]), None, None, *nothing)
-        # Not before: unpacking checks that the output was not written to, which only matters here.
-        z, *inputs = ctx.saved_tensors
-        gradients = ctx.edge.differentiable_gradients(cotangents[0], z, tuple(inputs))
+        # Not before: unpacking checks that none was written to, which only matters here.
+        z, *_ = ctx.saved_tensors
+        gradients = ctx.edge.differentiable_gradients(cotangents[0], z)
         return (None, None, None, *gradients)
 
 
@@ -287,6 +300,8 @@ class _GateFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, gate: _Gate) -> Tensor:
         ctx.gate = gate
+        # What a shut gate stops is nothing, not zeros that a solve behind it would be started for.
+        ctx.set_materialize_grads(False)
         return z.clone()
 
     @staticmethod

@@ -18,6 +18,11 @@ class Autocast:
         self._device = device.type
         self._given = _state(self._device)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What it rounds to; None if it was off."""
+        return self._given[1]
+
     def restored(self) -> AbstractContextManager[object]:
         """A block in which autocast is as it was."""
         if _state(self._device) == self._given:

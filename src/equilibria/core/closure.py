@@ -16,6 +16,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
+def free_point(z: Tensor) -> Tensor:
+    """A leaf to evaluate f at, marked so that nobody takes it for an input of f.
+
+    A solve inside of f has one, too.
+    """
+    free = z.detach().requires_grad_()
+    free.is_free_point = True  # pyright: ignore[reportAttributeAccessIssue]
+    return free
+
+
 class InputRecorder(TorchFunctionMode):
     """Notes every tensor from outside that enters an operation and requires a gradient."""
 
@@ -46,7 +56,7 @@ class InputRecorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _consider(self, tensor: Tensor) -> None:
-        if not tensor.requires_grad or tensor is self._exclude:
+        if not tensor.requires_grad or tensor is self._exclude or _is_free_point(tensor):
             return
         if tensor.grad_fn is None or _number(tensor.grad_fn) < self._start:
             self._found[id(tensor)] = tensor
@@ -111,13 +121,17 @@ def covers(output: Tensor, inputs: Iterable[Tensor], start: int) -> bool:
         seen.add(node)
         variable = getattr(node, "variable", None)  # only the node of a leaf has one
         if variable is not None:
-            if id(variable) not in leaves:
+            if id(variable) not in leaves and not _is_free_point(variable):
                 return False
         elif _number(node) < start:
             return False
         else:
             waiting.extend(parent for parent, _ in node.next_functions)
     return True
+
+
+def _is_free_point(tensor: Tensor) -> bool:
+    return getattr(tensor, "is_free_point", False)
 
 
 def graph_position() -> int:
@@ -127,7 +141,7 @@ def graph_position() -> int:
 
 def _next_sequence_number() -> int:
     with torch.enable_grad():
-        probe = torch.zeros((), requires_grad=True).view(())
+        probe = free_point(torch.zeros(())).view(())
     return 0 if probe.grad_fn is None else _number(probe.grad_fn) + 1
 
 

@@ -8,12 +8,13 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from equilibria.core.autocast import Autocast
-from equilibria.core.closure import InputRecorder
+from equilibria.core.closure import InputRecorder, free_point
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import Iterate, Measurement, measure
+from equilibria.core.replay import SameTwice
 from equilibria.core.scope import solve_scope
 from equilibria.core.state import Layout, State
 from equilibria.core.untouched import WROTE_TO_ARGUMENT, WROTE_TO_IMAGE, Untouched
@@ -75,27 +76,42 @@ class Problem:
         self.z0 = self.layout.pack(z0)
         self._autocast = Autocast(self.layout.device)
         self.num_evals = 0
-        self._first_image: Untouched | None = None
+        self._first_image: State | None = None
         self.checkpoint = False  # whether recorded evaluations are made again when needed
 
     def image(self, z: Tensor) -> Tensor:
         """Call `f` once on a packed point; with grad enabled the call is recorded."""
         self.num_evals += 1
         state = self.layout.unpack(z)
-        watched = Untouched(state, WROTE_TO_ARGUMENT) if self.num_evals == 1 else None  # once tells
+        watches = self._watches(state)
         with self._autocast.restored():
             if self.checkpoint and torch.is_grad_enabled():
-                image = checkpoint(self.call, state, use_reentrant=False)
+                # to the end of f, where the comparison is
+                with set_checkpoint_early_stop(False):
+                    again = SameTwice(self.call, self.rounding)
+                    image = checkpoint(again, state, use_reentrant=False)
             else:
                 image = self.call(state)
-            if watched is not None:
-                watched.check()
-                self._first_image = Untouched(image, WROTE_TO_IMAGE)
-            elif self._first_image is not None:
-                self._first_image.check()
-                # two buffers may take turns
-                self._first_image = self._first_image if self.num_evals < 3 else None
+            for watch in watches:
+                watch.check()
+            self._first_image = image if self.num_evals == 1 else self._first_image
             return _kept(self.layout.pack(image))
+
+    def _watches(self, state: State) -> list[Untouched]:
+        """What the coming evaluation must not write to; the first few tell for all."""
+        if self.num_evals == 1:
+            return [Untouched(state, WROTE_TO_ARGUMENT)]
+        if self.num_evals > 3:  # two buffers may take turns
+            self._first_image = None
+        return [] if self._first_image is None else [Untouched(self._first_image, WROTE_TO_IMAGE)]
+
+    @property
+    def rounding(self) -> float:
+        """The precision that f computes in, as far as state and autocast tell."""
+        dtypes = [leaf.dtype for leaf in self.layout.leaves]
+        if self._autocast.dtype is not None:
+            dtypes.append(self._autocast.dtype)
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
 
     def call(self, state: State) -> State:
         """f on a state, with the masks and weights of this solve."""
@@ -119,7 +135,7 @@ class Problem:
         Returns the iterate, and the tensors besides z that the image depends on.
         """
         with torch.enable_grad():
-            free = z.detach().requires_grad_()
+            free = free_point(z)
             if self._inputs is not None:
                 return Iterate(free, self.image(free)), self._inputs
             with InputRecorder(exclude=free) as recorder:

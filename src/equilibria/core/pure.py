@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from equilibria.core.errors import UserError
 from equilibria.core.problem import Problem
+from equilibria.core.replay import exchanged
 
 
 class TransformError(UserError):
@@ -37,6 +38,17 @@ def is_transformed() -> bool:
 def is_forward_mode() -> bool:
     """Whether tensors may carry tangents, by `torch.func.jvp` or by a dual level."""
     return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+
+
+def refuse_batched(cotangent: Tensor) -> None:
+    """Raise TransformError for several cotangents at once: a solve cannot be batched afterwards."""
+    # by name: torch.autograd batches by another key than torch.func, which Python has no name for
+    if "Batched" in str(torch._C._dispatch_keys(cotangent)):  # pyright: ignore[reportPrivateUsage]
+        raise TransformError(
+            "several cotangents at once (is_grads_batched=True, or vectorize=True of "
+            "torch.autograd.functional) cannot go through a solve that is done already; use "
+            "torch.func.jacrev or torch.func.vmap over the whole layer, or one cotangent at a time"
+        )
 
 
 class PureMap:
@@ -107,7 +119,7 @@ class PureMap:
         replacer = _Replacer(z, given, self._constants, watched=torch.is_grad_enabled())
         with ExitStack() as stack:
             for entries, then in self._modules:
-                stack.enter_context(_exchanged(entries, replacer.replaced(then)))
+                stack.enter_context(exchanged(entries, replacer.replaced(then)))
             stack.enter_context(self._autocast())
             stack.enter_context(self._problem.scope.active())
             yield stack.enter_context(replacer)
@@ -225,7 +237,7 @@ class _Replacer(_Watcher):
         known = not self._watched or id(outside) in self._constants or self._is_inner(outside)
         if not known:
             self.met_stranger = True
-            if _matters(outside):
+            if _matters(outside) or isinstance(outside, nn.Parameter):
                 raise TransformError(_STRANGER)
         return tensor
 
@@ -269,17 +281,6 @@ def _rewrapped(tensor: Tensor, outside: Tensor, given: Tensor) -> Tensor:
     if _functorch.is_batchedtensor(tensor):
         return _functorch._add_batch_dim(inner, _functorch.maybe_get_bdim(tensor), level)  # pyright: ignore[reportPrivateUsage]
     return _functorch._wrap_for_grad(inner, level)  # pyright: ignore[reportPrivateUsage]
-
-
-@contextmanager
-def _exchanged(entries: dict[str, Any], then: dict[str, Any]) -> Generator[None]:
-    """Give the parameters or buffers of one module the values they had `then`."""
-    now = {name: entries[name] for name in then if entries.get(name) is not then[name]}
-    entries.update({name: then[name] for name in now})
-    try:
-        yield
-    finally:
-        entries.update(now)
 
 
 def _rebound(f: Callable[..., Any], replaced: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -344,8 +345,10 @@ def _parts(value: object) -> Iterator[object]:
         yield from cast("dict[Any, Any]", value).values()
     elif isinstance(value, list | tuple | set):
         yield from cast("list[Any]", value)
-    elif not isinstance(value, Tensor | type | ModuleType) and hasattr(value, "__dict__"):
-        yield from vars(value).values()
+    elif not isinstance(value, Tensor | type | ModuleType):
+        yield from getattr(value, "__dict__", {}).values()
+        slots = {name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())}
+        yield from (getattr(value, name) for name in slots if hasattr(value, name))
 
 
 def _closure_of(function: FunctionType) -> Iterator[object]:
