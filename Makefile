@@ -17,7 +17,7 @@ ARGS :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .PHONY: help train test lint format format-check typecheck imports docs pytest test-slow test-gpu
-.PHONY: install constraints clean bench-evaluations bench-tables
+.PHONY: install constraints clean mutation-check bench-evaluations bench-tables
 .NOTPARALLEL:
 
 help: ## this list
@@ -56,6 +56,9 @@ test-slow: $(STAMP) ## the slow tests
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)
+
+mutation-check: $(STAMP) ## break the code on purpose and see a test fail (half an hour); ARGS="linear/gmres"
+	$(BIN)/python tests/mutation_check.py $(ARGS)
 
 bench-evaluations: $(STAMP) ## count evaluations against other libraries (about ten minutes)
 	@$(BIN)/python -c 'import jaxopt, optimistix, torchdeq' || { \

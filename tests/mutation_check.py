@@ -96,9 +96,7 @@ TARGETS = (
             contract("solvers", "TestBroyden"),
         ),
         (
-            Mutation(
-                "state.by_images.set_row(slot, row)", "state.by_images.set_row(slot, by_image)"
-            ),
+            Mutation("set_row(slot, inner_products(new_step, images))", "set_row(slot, by_image)"),
             Mutation(
                 "born.unsqueeze(2) <= born.unsqueeze(1)", "born.unsqueeze(2) >= born.unsqueeze(1)"
             ),
@@ -196,7 +194,8 @@ TARGETS = (
         "linear/neumann",
         (contract("linear_solvers", "TestNeumann"),),
         (
-            Mutation("a(u) + b - u", "a(u) + b"),
+            Mutation("u + term, a(term)", "u, a(term)"),
+            Mutation("torch.where(active, u + term, u)", "torch.where(active, u - term, u)"),
             Mutation("(norm < residual)", "(norm > residual)"),
             Mutation("resolved & (norm <= tolerance)", "resolved | (norm <= tolerance)"),
         ),
@@ -219,6 +218,8 @@ TARGETS = (
         (
             "tests/adjoints/test_implicit.py",
             "tests/adjoints/test_second_derivatives.py",
+            "tests/adjoints/test_replay.py",
+            "tests/warm_starts/test_backward.py",
             contract("adjoints", "TestImplicit"),
         ),
         (
@@ -227,7 +228,14 @@ TARGETS = (
             Mutation("return result.u", "return -result.u"),
             Mutation("return result.u", "return b"),
             Mutation("self.is_open = False", "self.is_open = True"),
-            Mutation("nested = is_nested(inputs)", "nested = False"),
+            Mutation("nested = is_nested(self._inputs)", "nested = False"),
+            Mutation("self._replay.as_then(), exchange", "exchange"),
+            Mutation("self._replay.check(image)", "pass"),
+            Mutation("torch.clear_autocast_cache()", "pass"),
+            Mutation("ctx.set_materialize_grads(False)", "pass", nth=2),
+            Mutation("u=times_power_of_two(result.u, exponent)", "u=result.u"),
+            Mutation("self.atol), -exponent)", "self.atol), exponent)"),
+            Mutation("replace(self._forward, start=None)", "self._forward"),
             Mutation("self._border.closed() if self._border", "nullcontext() if self._border"),
             Mutation("gate.through(g) if g.requires_grad", "g.detach() if g.requires_grad"),
         ),
@@ -236,9 +244,9 @@ TARGETS = (
         "adjoints/one_step",
         ("tests/adjoints/test_other_adjoints.py", contract("adjoints", "TestOneStep")),
         (
-            Mutation("taped.fz, ", "-taped.fz, "),
-            Mutation("AttachGraph.apply(z", "AttachGraph.apply(taped.fz"),
-            Mutation("problem.tape(z)", "problem.tape(2.0 * z)"),
+            Mutation("forward.problem.image(z.detach())", "-forward.problem.image(z.detach())"),
+            Mutation("AttachGraph.apply(z", "AttachGraph.apply(2.0 * z"),
+            Mutation("image(z.detach())", "image(2.0 * z.detach())"),
         ),
     ),
     Target(
@@ -300,7 +308,7 @@ TARGETS = (
             Mutation("z_bar + y_bar, 0.0)", "z_bar, 0.0)"),
             Mutation("sweep.error <= self", "sweep.error >= self"),
             Mutation("detach().clone()  # it may", "detach()  # it may"),
-            Mutation("if _is_nested(self.inputs) else None", "if False else None"),
+            Mutation("if is_nested(self.inputs) else", "if False else"),
             Mutation("sweep = self._sweep(g, ~lost)", "pass"),
         ),
     ),
@@ -313,21 +321,57 @@ TARGETS = (
         ),
     ),
     Target(
+        "core/replay",
+        ("tests/adjoints/test_replay.py",),
+        (
+            Mutation("stack.enter_context(exchanged(entries, then))", "pass"),
+            Mutation("buffer.data.copy_(before)", "pass"),
+            Mutation("rms(difference) <= self", "rms(difference) >= self"),
+            Mutation("(off <= self._tolerance", "(off >= self._tolerance"),
+            Mutation("image - self._image)", "image - image)"),
+            Mutation("entries.update(now)", "pass"),
+        ),
+    ),
+    Target(
+        "core/linear",
+        (
+            "tests/warm_starts/test_backward.py",
+            "tests/linear/test_gmres.py",
+            contract("linear_solvers", "TestGMRES"),
+            contract("adjoints", "TestImplicit"),
+        ),
+        (
+            Mutation("w = guess - a(guess)", "w = guess + a(guess)"),
+            Mutation("b - share * unit", "b + share * unit"),
+            Mutation("factor = share / size", "factor = share"),
+            Mutation("torch.where(useful, u, 0.0)", "u"),
+            Mutation("times_power_of_two(b, -exponent)", "times_power_of_two(b, exponent)"),
+            Mutation("exponent - half", "half"),
+        ),
+    ),
+    Target(
         "core/loop",
         (
             "tests/core/test_iteration_loop.py",
+            "tests/core/test_intermediate_states.py",
             contract("solvers", "TestPicard"),
         ),
         (
-            Mutation("torch.where(self.frozen[0], z, self.frozen[1])", "z"),
-            Mutation("new.residual < kept.residual", "new.residual > kept.residual"),
-            Mutation("| (codes == Status.SUCCESS)", ""),
+            Mutation("else torch.where(self.frozen[0], z, self.frozen[1])", "else z"),
             Mutation(
-                "torch.where(finished, step, num_steps)",
-                "torch.where(finished, step + 1, num_steps)",
+                "measured.residual < self.measurement.residual",
+                "measured.residual > self.measurement.residual",
             ),
-            Mutation("codes, Status.NONFINITE)", "codes, Status.DIVERGED)"),
-            Mutation("active & (codes != RUNNING)", "codes != RUNNING"),
+            Mutation("| (codes == Status.SUCCESS)", ""),
+            Mutation("(worth & (codes != Status.DIVERGED))", "worth"),
+            Mutation("torch.where(finished, step, self", "torch.where(finished, step + 1, self"),
+            Mutation("(finite, codes, Status.NONFINITE)", "(finite, codes, Status.DIVERGED)"),
+            Mutation("self._finish(active & (codes != RUNNING)", "self._finish((codes != RUNNING)"),
+            Mutation("choose(finite, current, self._first)", "current"),
+            Mutation("step == max_steps:", "False:"),
+            Mutation(
+                "for made, z in states.items() if made < step", "for made, z in states.items()"
+            ),
         ),
     ),
 )
