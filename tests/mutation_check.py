@@ -399,7 +399,8 @@ def copy_of_tree() -> Iterator[Path]:
 
 def first_failure(copy: Path, tests: tuple[str, ...]) -> str | None:
     """The first test that fails in the copy, None if all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not gpu", *tests]
+    command += ["-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.setdefault("OMP_NUM_THREADS", "1")
     try:

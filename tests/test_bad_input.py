@@ -19,6 +19,7 @@ from equilibria import (
     Anderson,
     AnyOf,
     Broyden,
+    Cached,
     Cell,
     ConvergenceError,
     ConvergenceWarning,
@@ -29,11 +30,13 @@ from equilibria import (
     Implicit,
     NeumannSeries,
     NewtonKrylov,
+    OneStep,
     Phantom,
     Picard,
     Residual,
     Reversible,
     Solver,
+    SolveSettings,
     Stagnation,
     StateError,
     Status,
@@ -159,7 +162,7 @@ def test_z0_is_no_state(z0: Any, message: str) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), NewtonKrylov()], ids=repr)
 def test_z0_is_not_finite(solver: Solver, bad: float) -> None:
-    """A matter of one sample: it says so and stays as it is, the others are solved."""
+    """An error, or a matter of one sample: it says so and stays as it is, the others are solved."""
     z0 = torch.zeros(3, 2, dtype=torch.float64)
     z0[1, 0] = bad
     solution = solve(contraction, z0, solver=solver, on_failure="ignore")
@@ -168,10 +171,24 @@ def test_z0_is_not_finite(solver: Solver, bad: float) -> None:
     torch.testing.assert_close(
         solution.z[[0, 2]], torch.full((2, 2), 2.0).double(), rtol=1e-3, atol=0
     )
-    with pytest.raises(ConvergenceError, match="1 NONFINITE.*NaN or infinity; look at the inputs"):
-        solve(contraction, z0, solver=solver, on_failure="raise")
+    for policy in ("warn", "raise"):
+        with pytest.raises(StateError, match=r"z0 .* in 1 of 3 samples.*sample 1; start from fin"):
+            solve(contraction, z0, solver=solver, on_failure=policy)
+
+
+def test_a_z0_that_is_not_finite_in_places() -> None:
+    """Of trees, of one global problem, of a DEQ; where nobody may look, the status tells."""
+    bad = torch.tensor([[0.0], [torch.nan], [torch.inf]])
+    tree = {"a": torch.zeros(3, 2), "b": bad}
+    with pytest.raises(StateError, match="in 2 of 3 samples"):
+        solve(lambda z: {name: 0.5 * leaf for name, leaf in z.items()}, tree)
+    with pytest.raises(StateError, match="in 1 of 1 samples"):
+        solve(contraction, bad, batch_dims=0)
+    with pytest.raises(StateError, match="in 2 of 3 samples"):
+        DEQ(Plain())(torch.zeros(3, 3), z0=bad.expand(3, 3))
     with pytest.warns(ConvergenceWarning, match="NaN or infinity"):
-        solve(contraction, z0, solver=solver)
+        solution = solve(contraction, bad, termination=FixedSteps(3))
+    assert solution.status.tolist() == [Status.SUCCESS, Status.NONFINITE, Status.NONFINITE]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -241,7 +258,12 @@ def test_other_numbers(make: Callable[[], Any], message: str) -> None:
 )
 def test_newton_krylov_cannot_be_unrolled(solver: Solver) -> None:
     with pytest.raises(UserError, match=r"cannot be unrolled.*use adjoint=Implicit\(\)"):
-        solve(lambda z: 1.0 - 3.0 * z, Z0, solver=solver, adjoint=Unrolled(), on_failure="ignore")
+        SolveSettings(solver=solver, adjoint=Unrolled())
+
+
+def test_more_fixed_steps_than_allowed() -> None:
+    with pytest.raises(UserError, match=r"FixedSteps\(60\).*max_steps=50; give max_steps=60"):
+        SolveSettings(termination=FixedSteps(60))
 
 
 def test_a_reversible_solve_too_long_for_its_dtype() -> None:
@@ -267,10 +289,13 @@ def test_segments_and_one_global_problem() -> None:
         ({"segments": [0, 1]}, "segments is a list, expected a tensor of integers"),
         ({"segments": torch.tensor([0])}, "segments has 1 entries, the state has 2 rows"),
         ({"segments": torch.tensor([True, False])}, "give one integer per row"),
+        ({"segments": torch.tensor([0.0, 1.0])}, "torch.float32; give one integer per row"),
+        ({"segments": torch.tensor([0j, 1])}, "torch.complex64; give one integer per row"),
         ({"batch_dims": 2}, "batch_dims must be 0 .* or 1, not 2"),
         ({"states": 0}, "states=0 must be an integer of at least 1"),
         ({"states": [99]}, "steps outside 1 to max_steps=50"),
         ({"states": "every"}, "states='every' is no choice"),
+        ({"states": 2.5}, "states=2.5 is no choice"),
         ({"inputs": [3]}, "inputs is a list that is no list of tensors"),
         ({"inputs": Z0}, "inputs is a Tensor that is no list of tensors"),
         ({"keep": "first"}, "keep='first' is not one of 'best', 'last'"),
@@ -289,15 +314,36 @@ def test_linear_solvers_and_solvers_are_told_apart() -> None:
         NewtonKrylov(linear=Anderson())  # type: ignore[arg-type]
 
 
-def test_unknown_options_are_no_silent_typos() -> None:
-    for call in (
-        lambda: solve(contraction, Z0, tol=1e-3),  # type: ignore[call-arg]
-        lambda: DEQ(Plain(), tol=1e-3),  # type: ignore[call-arg]
-        lambda: Anderson(m=5),  # type: ignore[call-arg]
-        lambda: FixedPoint(Anderson(), tol=1e-3),  # type: ignore[call-arg]
-    ):
-        with pytest.raises(TypeError, match="unexpected keyword argument"):
-            call()
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_segments_of_any_integers(dtype: torch.dtype) -> None:
+    index = torch.tensor([0, 1, 1])
+    z0, gain = torch.ones(3, 2), torch.tensor([[0.1], [0.5], [0.6]])
+    wanted = solve(lambda z: gain * torch.cos(z), z0, segments=index)
+    found = solve(lambda z: gain * torch.cos(z), z0, segments=index.to(dtype))
+    assert torch.equal(found.z, wanted.z)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: solve(contraction, Z0, max_step=3), "solve has no option 'max_step'.*'max_steps'"),
+        (lambda: solve(contraction, Z0, tol=1e-3), r"that is termination=Residual\(rtol=1e-3\)"),
+        (lambda: DEQ(Plain(), max_step=3), "DEQ has no option 'max_step'; did you mean 'max_steps"),
+        (lambda: DEQ(Plain(), f_max_iter=3), "'f_max_iter'; that is max_steps=50 here"),
+        (lambda: DEQ(Plain(), b_tol=3), r"'b_tol'; that is adjoint=Implicit\(rtol=1e-4\) here"),
+        (lambda: DEQ(Plain(), whatever=3), "no option 'whatever'; there are solver, term"),
+        (lambda: Anderson(histroy_size=5), "Anderson has no option 'histroy_size'.*'history_size'"),
+        (lambda: Anderson(m=5), "'m'; that is history_size=10 here"),
+        (lambda: OneStep(num_steps=2), "OneStep has no option 'num_steps'; it has none"),
+        (lambda: FixedPoint(Anderson(), tol=1e-3), "FixedPoint has no option 'tol'; there are"),
+        (lambda: Fallback(Anderson(), Picard(), num_step=3), "did you mean 'num_steps'"),
+        (lambda: SolveSettings(max_step=3), "did you mean 'max_steps'"),
+        (lambda: Cached(10, dtyp=None), "Cached has no option 'dtyp'"),
+    ],
+)
+def test_unknown_options_name_the_one_that_was_meant(call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()
 
 
 # --- DEQ ---------------------------------------------------------------------------------------
@@ -324,6 +370,34 @@ def test_a_z0_that_does_not_fit_the_cell() -> None:
         deq(x, z0=torch.zeros(1, 3))
     with pytest.raises(StateError, match="is torch.float32, z is torch.bfloat16"):
         deq(x, z0=torch.zeros(2, 3).bfloat16())
+
+
+def test_settings_given_to_a_call() -> None:
+    deq, x = DEQ(Plain()), torch.randn(2, 3)
+    with pytest.raises(UserError, match=r"max_steps is a setting.*DEQ\(.*replace\(deq.settings, m"):
+        deq(x, max_steps=3)
+    with pytest.raises(UserError, match=r"settings=Picard.* is no SolveSettings"):
+        deq(x, settings=Picard())
+
+
+@pytest.mark.parametrize("name", ["z0", "settings", "segments", "states", "trace", "sample_index"])
+def test_an_input_of_the_cell_that_a_call_keeps_for_itself(name: str) -> None:
+    class Named(Plain):
+        pass
+
+    scope: dict[str, Any] = {}
+    exec(f"def inject(self, x, {name}=None): return x", scope)
+    Named.inject = scope["inject"]
+    with pytest.raises(UserError, match=f"inject has an input called {name}, which DEQ takes"):
+        DEQ(Named())
+
+
+def test_a_setting_that_is_an_input_of_the_cell() -> None:
+    class Damped(Plain):
+        def inject(self, x: Tensor, keep: Tensor) -> Tensor:
+            return keep * x
+
+    assert DEQ(Damped())(torch.ones(2, 3), keep=torch.tensor(0.5)).z.allclose(torch.ones(2, 3))
 
 
 def test_an_unknown_input_of_the_cell() -> None:

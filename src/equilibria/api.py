@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from inspect import signature
+from typing import Any, Literal, Never
 
 import torch
 from torch import Tensor
@@ -14,15 +16,17 @@ from equilibria.core.adjoint import Adjoint, BackwardReport, Forward
 from equilibria.core.clock import clock
 from equilibria.core.errors import UserError
 from equilibria.core.loop import Keep, LoopResult, check_limits, iterate
+from equilibria.core.options import Options, refuse_unknown
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.problem import Problem
 from equilibria.core.pure import is_transformed
 from equilibria.core.solution import Solution
 from equilibria.core.solver import Solver
-from equilibria.core.state import State
+from equilibria.core.state import State, StateError
 from equilibria.core.status import OnFailure, check_on_failure, enforce
 from equilibria.core.termination import Termination
 from equilibria.core.warm_start import SampleIndex, Start, WarmStart, WarmStartMemory
+from equilibria.core.waypoints import AtSteps, EvenlySpaced, Waypoints
 from equilibria.solvers.anderson import Anderson
 from equilibria.terminations.residual import Residual
 
@@ -31,7 +35,7 @@ States = Literal["all"] | int | Sequence[int] | None
 
 
 @dataclass(frozen=True)
-class SolveSettings:
+class SolveSettings(Options):
     """Everything about a solve but the problem; see `solve` for the meaning of each.
 
     Raises:
@@ -48,14 +52,15 @@ class SolveSettings:
     warm_start: WarmStart | None = None
 
     def __post_init__(self) -> None:
-        _check_kind("solver", self.solver, Solver, "Anderson()")
-        _check_kind("termination", self.termination, Termination, "Residual(rtol=1e-3)")
-        _check_kind("adjoint", self.adjoint, Adjoint, "Implicit()")
+        check_kind("solver", self.solver, Solver, "Anderson()")
+        check_kind("termination", self.termination, Termination, "Residual(rtol=1e-3)")
+        check_kind("adjoint", self.adjoint, Adjoint, "Implicit()")
         check_limits(self.max_steps, self.keep)
+        self.termination.check_limit(self.max_steps)
         check_on_failure(self.on_failure)
         self.adjoint.check(self.solver)
         if self.warm_start is not None:
-            _check_kind("warm_start", self.warm_start, WarmStart, "Previous()")
+            check_kind("warm_start", self.warm_start, WarmStart, "Previous()")
             _check_steps_remain(self.warm_start, self.termination, self.adjoint)
 
     def cold(self) -> SolveSettings:
@@ -83,6 +88,7 @@ def solve(
     trace: bool = False,
     memory: WarmStartMemory | None = None,
     sample_index: SampleIndex | None = None,
+    **unknown: Never,
 ) -> Solution:
     """Find the fixed point z* = f(z*) of every sample, differentiably.
 
@@ -104,22 +110,25 @@ def solve(
         batch_dims: 1, or 0 when the whole state is one problem.
         segments: ragged and graph batches: for each row of the state the number of the problem it
             belongs to (N,); norms, convergence and reports are then per problem.
-        states: intermediate states to return, for correction losses: "all", a number of evenly
-            spaced ones, or the steps wanted. Each carries a gradient by the same adjoint, as if it
-            were the fixed point; the final state is always the last of them.
+        states: intermediate states to return, for correction losses: "all", a number of them,
+            evenly spaced over the steps that turn out to be made, or the steps wanted. Each
+            carries a gradient by the same adjoint, as if it were the fixed point; the final state
+            is always the last of them.
         inputs: the tensors f depends on besides z. None (default) finds them; only a second
             derivative through a compiled f needs them named.
         trace: record the relative residual of every step, forward and backward.
         memory: what warm starts, forward and backward, remember from call to call.
         sample_index: for `Cached`: which sample of the data set each one is, integers (B,) or B
             other keys; of a ragged batch one per problem.
+        **unknown: no other option is taken; a misspelt one is an error that names the nearest.
 
     Shape:
         `z0` and `Solution.z`: tree of (B, ...); diagnostics: (B,), or (1,) for batch_dims=0.
 
     Raises:
-        UserError: an argument out of range or of the wrong kind.
-        StateError: `z0` or f's image has the wrong tree, shape, dtype or device.
+        UserError: an argument out of range, of the wrong kind or of an unknown name.
+        StateError: `z0` or f's image has the wrong tree, shape, dtype or device, or `z0` is not
+            finite.
         ConvergenceError: a sample did not converge and on_failure="raise".
 
     Examples:
@@ -128,6 +137,8 @@ def solve(
         >>> round(solution.z.item(), 3)
         0.739
     """
+    if unknown:
+        refuse_unknown("solve", unknown, list(signature(solve).parameters)[:-1])
     settings = SolveSettings(solver, termination, adjoint, max_steps, keep, on_failure, warm_start)
     return solve_with(
         f,
@@ -155,8 +166,9 @@ def solve_with(
     trace: bool = False,
     memory: WarmStartMemory | None = None,
     sample_index: SampleIndex | None = None,
+    z0_is_given: bool = True,
 ) -> Solution:
-    """`solve` with its settings as one object."""
+    """`solve` with its settings as one object; a z0 that the user has not given is trusted."""
     if torch.compiler.is_compiling() and not _is_traceable(settings):
         from equilibria.core.graph_break import between_graphs
 
@@ -172,16 +184,19 @@ def solve_with(
             trace=trace,
             memory=memory,
             sample_index=sample_index,
+            z0_is_given=z0_is_given,
         )
     start = clock()
     problem = Problem(f, z0, batch_dims, segments, inputs)
+    if z0_is_given:
+        _check_finite(problem, settings)
     transformed = is_transformed()
     warm = backward_warm = warm_started = None
     if not transformed:  # there tensors have no numbers to remember
         warm, backward_warm = _warm_starts(settings, problem, memory, sample_index)
     if warm is not None:
         problem.z0, warm_started = warm.from_cold(problem.z0)
-    record = _steps_to_record(states, settings.max_steps)
+    waypoints = _waypoints(states, settings.max_steps)
 
     def run(posed: Problem = problem) -> LoopResult:
         return iterate(
@@ -191,7 +206,7 @@ def solve_with(
             max_steps=settings.max_steps,
             keep=settings.keep,
             trace=trace,
-            record=record,
+            waypoints=waypoints(),
         )
 
     report = BackwardReport()
@@ -229,6 +244,25 @@ def solve_with(
         trace=None if result.trace is None else result.trace.relative,
         warm_started=warm_started,
         problem=problem,
+    )
+
+
+def _check_finite(problem: Problem, settings: SolveSettings) -> None:
+    """Raise StateError for a state that no solve can start at.
+
+    Not where looking at numbers is impossible (compiled code, transforms) or not wanted (a solve
+    of fixed steps, which never waits for the device), nor under on_failure="ignore", which leaves
+    it at the status of the sample.
+    """
+    if torch.compiler.is_compiling() or is_transformed() or not settings.termination.needs_sync:
+        return
+    if settings.on_failure == "ignore" or bool((finite := problem.z0.isfinite().all(1)).all()):
+        return
+    first = int((~finite).nonzero()[0])
+    raise StateError(
+        f"z0 holds NaN or infinity in {int((~finite).sum())} of {len(finite)} samples, the first "
+        f"of them sample {first}; start from finite numbers, such as zeros or "
+        'torch.nan_to_num(z0), or give on_failure="ignore" to solve the other samples'
     )
 
 
@@ -287,16 +321,17 @@ _NOT_EXPORTED = (
 )
 
 
-def _steps_to_record(states: States, max_steps: int) -> Collection[int]:
-    """Steps whose point is returned besides the final one."""
+def _waypoints(states: States, max_steps: int) -> Callable[[], Waypoints]:
+    """Makes what keeps the states wanted besides the final one, for every run of the solve."""
     if states is None:
-        return ()
+        return AtSteps
     if states == "all":
-        return range(1, max_steps + 1)
+        return partial(AtSteps, range(1, max_steps + 1))
     if isinstance(states, int):
         check_positive_integer("states", states)
-        return {round(i * max_steps / states) for i in range(1, states)}
-    if isinstance(states, str) or not all(isinstance(step, int) for step in states):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return partial(EvenlySpaced, states)
+    are_steps = isinstance(states, Iterable) and not isinstance(states, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not are_steps or not all(isinstance(step, int) for step in states):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UserError(
             f"states={states!r} is no choice; give 'all', a number of evenly spaced states, or "
             "the steps whose states you want"
@@ -305,7 +340,7 @@ def _steps_to_record(states: States, max_steps: int) -> Collection[int]:
         raise UserError(
             f"states={states!r} asks for steps outside 1 to max_steps={max_steps}; there are none"
         )
-    return set(states)
+    return partial(AtSteps, set(states))
 
 
 def _check_steps_remain(warm: WarmStart, termination: Termination, adjoint: Adjoint) -> None:
@@ -319,7 +354,8 @@ def _check_steps_remain(warm: WarmStart, termination: Termination, adjoint: Adjo
         )
 
 
-def _check_kind(name: str, given: object, expected: type, example: str) -> None:
+def check_kind(name: str, given: object, expected: type, example: str) -> None:
+    """Raise UserError for an argument that is no instance of what was expected."""
     if not isinstance(given, expected):
         hint = " (an instance, not the class)" if isinstance(given, type) else ""
         raise UserError(

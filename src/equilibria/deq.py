@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import Any, Never
 
 from torch import Tensor, nn
 
 from equilibria.adjoints.implicit import Implicit
-from equilibria.api import SolveSettings, States, solve_with
+from equilibria.api import SolveSettings, States, check_kind, solve_with
 from equilibria.core.adjoint import Adjoint
 from equilibria.core.errors import UserError
 from equilibria.core.loop import Keep
+from equilibria.core.options import refuse_unknown
 from equilibria.core.scope import solve_scope
 from equilibria.core.solution import Solution
 from equilibria.core.solver import Solver
@@ -78,8 +79,8 @@ class DEQ(nn.Module):
         of `cell.initial_state`.
 
     Raises:
-        UserError: a cell of the wrong kind or with an input of the name `sample_index`, or
-            settings as in `solve`.
+        UserError: a cell of the wrong kind, or with an input that has the name of an argument of
+            `forward`; an unknown option; settings as in `solve`.
     """
 
     def __init__(
@@ -97,8 +98,11 @@ class DEQ(nn.Module):
         eval_termination: Termination | None = None,
         eval_max_steps: int | None = None,
         eval_warm_start: WarmStart | None = None,
+        **unknown: Never,
     ) -> None:
         super().__init__()
+        if unknown:
+            refuse_unknown("DEQ", unknown, list(inspect.signature(DEQ).parameters)[1:-1])
         if not isinstance(getattr(cell, "_orig_mod", cell), Cell):  # what torch.compile has wrapped
             raise UserError(
                 f"DEQ got a {type(cell).__name__} as its cell; subclass equilibria.Cell (inject, "
@@ -154,6 +158,8 @@ class DEQ(nn.Module):
             sample_index: which sample of the data set each one is, for `Cached`; may be given
                 always, as it is ignored where nothing asks for it.
         """
+        if named_inputs:
+            _refuse_settings(self.cell, named_inputs)
         with solve_scope():  # inject may draw masks, too
             return self.solve(
                 self.cell.inject(*inputs, **named_inputs),
@@ -181,7 +187,10 @@ class DEQ(nn.Module):
         Where cells draw masks or normalise weights both in `inject` and in `forward`, put both
         calls inside `with solve_scope():`.
         """
-        settings = settings or self.settings
+        if settings is None:
+            settings = self.settings
+        else:
+            check_kind("settings", settings, SolveSettings, "replace(deq.settings, max_steps=100)")
         start = z0
         if start is None:
             start = self.cell.initial_state(injection)
@@ -196,14 +205,33 @@ class DEQ(nn.Module):
             trace=trace,
             memory=self.memory,
             sample_index=sample_index,
+            z0_is_given=z0 is not None,
         )
 
 
 def _check_names(cell: Cell) -> None:
     """Refuse a cell that waits for an input which the DEQ would keep for itself."""
-    known = inspect.signature(cell.inject).parameters.values()
-    if any(p.name == "sample_index" and p.kind is not p.POSITIONAL_ONLY for p in known):
-        raise UserError(
-            f"{type(cell).__name__}.inject has an input called sample_index, which DEQ takes for "
-            "its warm starts and does not pass on; give that input of inject another name"
-        )
+    own = inspect.signature(DEQ.forward).parameters.values()
+    kept = {p.name for p in own if p.kind is p.KEYWORD_ONLY}
+    for p in inspect.signature(cell.inject).parameters.values():
+        if p.name in kept and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+            raise UserError(
+                f"{type(cell).__name__}.inject has an input called {p.name}, which DEQ takes for "
+                "itself when it is called and does not pass on; give that input of inject another "
+                "name"
+            )
+
+
+def _refuse_settings(cell: Cell, inputs: dict[str, Any]) -> None:
+    """Say where settings go that were given to a call, unless they are inputs of the cell."""
+    settings = sorted(inputs.keys() & inspect.signature(SolveSettings).parameters.keys())
+    known = inspect.signature(cell.inject).parameters if settings else {}
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    for name in settings:
+        if name not in known:
+            raise UserError(
+                f"{name} is a setting of the layer and no input of {type(cell).__name__}; give it "
+                f"to DEQ(...), or for one call settings=dataclasses.replace(deq.settings, "
+                f"{name}=...)"
+            )

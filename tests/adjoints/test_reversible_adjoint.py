@@ -85,7 +85,7 @@ class TestContract(AdjointContract):
             return
         z = given.join(self.run(given, given.z0, adjoint, **given.settings).z)
         g = torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(0))
-        found = torch.autograd.grad(z, given.sources, g, materialize_grads=True)
+        found = torch.autograd.grad(z, given.sources, g)
         rows = self.run(given.packed, torch.zeros_like(z), Unrolled(), **given.settings).z
         if kind == "empty":
             assert not any(gradient.any() for gradient in found)
@@ -102,6 +102,23 @@ class TestContract(AdjointContract):
                 self.run(given.f, given.z0, adjoint, max_steps=8)
             return
         assert_as_unrolled(given, rtol=1e-4, max_steps=8)
+
+
+def test_several_cotangents_at_once_are_refused_with_the_way_to_do_it() -> None:
+    x = torch.randn(2, 3, dtype=torch.float64)
+
+    def layer(x: Tensor) -> Tensor:
+        return solve(
+            lambda z: 0.5 * torch.cos(z) + x,
+            torch.zeros_like(x),
+            solver=Reversible(),
+            adjoint=ReversibleAdjoint(),
+            max_steps=20,
+            on_failure="ignore",
+        ).z
+
+    with pytest.raises(TransformError, match="one cotangent at a time"):
+        torch.autograd.functional.jacobian(layer, x, vectorize=True)
 
 
 # --- right -------------------------------------------------------------------------------------

@@ -86,6 +86,28 @@ def test_a_solve_that_ends_early_returns_what_there_was(x):
     assert run(x, None, Implicit()).states == ()
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 12, 13, 30, 200])
+@pytest.mark.parametrize("num", [1, 2, 3, 7])
+def test_a_number_of_states_is_spaced_over_the_steps_made(num, num_steps):
+    """Not over the steps allowed; each within a quarter of a spacing of its place."""
+    solution = solve(
+        lambda z: z + 1.0,  # the state is the number of steps
+        torch.zeros(1, 1, dtype=torch.float64),
+        solver=Picard(),
+        termination=FixedSteps(num_steps),
+        adjoint=OneStep(),
+        max_steps=500,
+        states=num,
+    )
+    steps = [int(state) for state in solution.states]
+    assert steps[-1] == num_steps
+    assert len(set(steps)) == len(steps) == min(num, num_steps)
+    for i, step in enumerate(steps[:-1], start=1):
+        if num_steps >= num:
+            exact = num_steps <= 4 * num
+            assert abs(step - i * num_steps / num) <= (0.5 if exact else num_steps / num / 4)
+
+
 @pytest.mark.parametrize("states", [0, -1, "some", [0], [7], [1.5]])
 def test_bad_choices(x, states):
     with pytest.raises(UserError, match="states"):

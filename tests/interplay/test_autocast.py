@@ -23,6 +23,7 @@ from equilibria import (
     Picard,
     Residual,
     Reversible,
+    StateError,
     Unrolled,
     solve,
 )
@@ -213,3 +214,20 @@ def test_the_injection_may_be_half_precision_and_the_state_wide(
         solution = deq(x.float(), z0=torch.zeros(4, 5))
     assert solution.z.dtype == torch.float32
     assert solution.converged.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_an_image_that_autocast_does_not_explain(dtype: torch.dtype) -> None:
+    """Only its own dtype and float32 are its doing; another dtype is f's mistake."""
+    with torch.autocast("cpu", torch.bfloat16):
+        for explained in (torch.bfloat16, torch.float32):
+            solution = solve(
+                lambda z, to=explained: (0.5 * torch.cos(z)).to(to),
+                torch.zeros(2, 3),
+                termination=Residual(1e-2),
+            )
+            assert solution.z.dtype == torch.float32
+        with pytest.raises(StateError, match=f"is {dtype}, z is torch.float32"):
+            solve(lambda z: (0.5 * torch.cos(z)).to(dtype), torch.zeros(2, 3))
+        with pytest.raises(StateError, match="is torch.bfloat16, z is torch.float64"):
+            solve(lambda z: (0.5 * torch.cos(z)).bfloat16(), torch.zeros(2, 3).double())

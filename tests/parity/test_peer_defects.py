@@ -211,9 +211,9 @@ def test_torchdeq_anderson_fails_on_bf16_on_one_vector_and_on_few_steps(
 
 
 def test_torchdeq_unknown_options_are_ignored_and_settings_changed_by_a_call(x: Tensor) -> None:
-    with pytest.raises(TypeError, match="max_iter"):
+    with pytest.raises(UserError, match="'max_iter'; that is max_steps=50 here"):
         DEQ(Tanh(), max_iter=3)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="history"):
+    with pytest.raises(UserError, match="'history'; did you mean 'history_size'"):
         Anderson(history=3)  # type: ignore[call-arg]
     layer, settings = DEQ(Tanh()).double(), SolveSettings(max_steps=7, on_failure="ignore")
     before = pickle.dumps((settings, layer.train_settings))

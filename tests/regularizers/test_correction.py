@@ -99,7 +99,7 @@ def test_bad_settings(arguments, message):
 
 
 def test_unknown_options_are_no_options():
-    with pytest.raises(TypeError, match="weight_func"):
+    with pytest.raises(UserError, match="no option 'weight_func'"):
         FixedPointCorrection(weight_func="exp")
 
 

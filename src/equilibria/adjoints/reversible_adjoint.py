@@ -21,6 +21,7 @@ from equilibria.core.linear import LinearResult
 from equilibria.core.loop import LoopResult
 from equilibria.core.parameters import check_not_negative
 from equilibria.core.problem import Problem
+from equilibria.core.pure import refuse_batched
 from equilibria.core.solver import Solver
 from equilibria.core.status import ConvergenceError, ConvergenceWarning, Status
 from equilibria.solvers.reversible import Reversible, ReversibleState
@@ -233,7 +234,9 @@ class _Sweep:
 
     @property
     def totals(self) -> tuple[Tensor | None, ...]:
-        """Gradients for the inputs."""
+        """Gradients for the inputs; zeros if no sample made a step."""
+        if not self.num_products:
+            return tuple(map(torch.zeros_like, self._inputs))
         return tuple(self._totals)
 
     def pull(self, z: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,5 +295,6 @@ class _Undo(torch.autograd.Function):
         refuse_second_derivatives("ReversibleAdjoint")
         if cotangents[0] is None:
             return (None,) * len(ctx.needs_input_grad)
+        refuse_batched(cotangents[0])
         start, totals = ctx.way.gradients(cotangents[0])
         return (None, start, None, *totals)

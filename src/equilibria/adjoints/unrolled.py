@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from equilibria.core.adjoint import Adjoint, Forward
+from equilibria.core.errors import UserError
 from equilibria.core.loop import LoopResult
 from equilibria.core.pure import TransformError, is_forward_mode
+from equilibria.core.solver import Solver
 from equilibria.core.status import enforce
 
 
@@ -36,6 +38,14 @@ class Unrolled(Adjoint):
     def traceable(self) -> bool:
         """Steps are traced like any code, checkpoints with masks drawn inside are not."""
         return not self.checkpoint
+
+    def check(self, solver: Solver) -> None:
+        """Refuse a solver whose steps cannot be recorded."""
+        if not solver.recordable:
+            raise UserError(
+                f"{type(solver).__name__} cannot be unrolled, because not all of its steps can be "
+                "recorded; use adjoint=Implicit(), or unroll Anderson or Broyden"
+            )
 
     def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:
         """Run the solve with the graph recorded."""

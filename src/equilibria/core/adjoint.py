@@ -13,6 +13,7 @@ from torch import Tensor
 from equilibria.core.functional import solve_transformed
 from equilibria.core.linear import LinearResult
 from equilibria.core.loop import LoopResult
+from equilibria.core.options import Options
 from equilibria.core.problem import Problem
 from equilibria.core.pure import TransformError, is_forward_mode
 from equilibria.core.solver import Solver
@@ -53,7 +54,7 @@ class Forward:
     start: Start | None = None
 
 
-class Adjoint(ABC):
+class Adjoint(Options, ABC):
     """How gradients pass through the fixed point.
 
     Every adjoint returns the same value, the solver's iterate; only the graph edge differs.
@@ -79,7 +80,7 @@ class Adjoint(ABC):
         """The same with a backward solve that starts cold."""
         return self
 
-    def check(self, solver: Solver) -> None:  # noqa: B027 - most go with any solver
+    def check(self, solver: Solver) -> None:
         """Raise UserError for a forward solver that this method cannot go with."""
 
     def apply(self, forward: Forward) -> tuple[Tensor, LoopResult]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equilibria.core.options import Options
+
 
 @dataclass(frozen=True)
 class LinearResult:
@@ -33,7 +35,7 @@ class LinearResult:
     trace: Tensor | None = None
 
 
-class LinearSolver(ABC):
+class LinearSolver(Options, ABC):
     """Solves u = a(u) + b for a linear map `a` on packed states, each sample on its own.
 
     For the backward pass a(u) = J^T u and b is the incoming cotangent, so u = (I - J^T)^-1 b.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -16,6 +15,7 @@ from equilibria.core.problem import Problem
 from equilibria.core.solver import Solver
 from equilibria.core.status import RUNNING, Status
 from equilibria.core.termination import Termination
+from equilibria.core.waypoints import AtSteps, Waypoints
 
 Keep = Literal["best", "last"]
 
@@ -32,7 +32,8 @@ class LoopResult:
         trace: measurement after every step, norms (num_steps + 1, B), the residual NaN once a
             sample is finished; None unless asked for.
         solver_state: what the solver remembered.
-        states: the points at the steps asked for, packed (B, D) each.
+        states: the points on the way that were asked for, packed (B, D) each; without the last
+            one, for which the iterate stands.
     """
 
     iterate: Iterate
@@ -52,7 +53,7 @@ def iterate(
     max_steps: int,
     keep: Keep = "best",
     trace: bool = False,
-    record: Collection[int] = (),
+    waypoints: Waypoints | None = None,
 ) -> LoopResult:
     """Step until every sample has finished or `max_steps` steps are made.
 
@@ -70,7 +71,9 @@ def iterate(
     """
     check_limits(max_steps, keep)
     with without_autocast(problem.z0.device):
-        return _iterate(problem, solver, termination, max_steps, keep, trace, record)
+        return _iterate(
+            problem, solver, termination, max_steps, keep, trace, waypoints or AtSteps()
+        )
 
 
 def _iterate(
@@ -80,7 +83,7 @@ def _iterate(
     max_steps: int,
     keep: Keep,
     trace: bool,
-    record: Collection[int],
+    waypoints: Waypoints,
 ) -> LoopResult:
     taping = torch.is_grad_enabled()
     current = problem.evaluate(problem.z0)
@@ -89,7 +92,6 @@ def _iterate(
     termination_state = termination.init(measured)
     solver_state = solver.init(current, max_steps)
     measurements: list[Measurement] = []
-    states: dict[int, Tensor] = {}
 
     step = 0
     for step in range(max_steps + 1):
@@ -107,8 +109,7 @@ def _iterate(
         evaluate = _Evaluator(problem, ledger.frozen, record=taping and not unrecorded)
         current, solver_state = solver.step(evaluate, current, solver_state)
         measured = problem.measure(current)
-        if step + 1 in record:
-            states[step + 1] = current.z
+        waypoints.enter(step + 1, current.z)
 
     return LoopResult(
         iterate=ledger.kept,
@@ -117,8 +118,7 @@ def _iterate(
         num_steps=ledger.num_steps,
         trace=_stacked(measurements) if trace else None,
         solver_state=solver_state,
-        # the last step's own point is what the iterate stands for
-        states=[z for made, z in states.items() if made < step],
+        states=waypoints.chosen(step),
     )
 
 

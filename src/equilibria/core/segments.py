@@ -38,11 +38,13 @@ class Segments:
         Raises:
             UserError: not one-dimensional integers of at least 0.
         """
-        if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        no_integers = index.is_floating_point() or index.is_complex() or index.dtype == torch.bool
+        if index.dim() != 1 or no_integers:
             raise UserError(
                 f"segments has shape {tuple(index.shape)} and {index.dtype}; give one integer per "
                 "row of the state, the number of the problem it belongs to"
             )
+        index = index.to(torch.int64)
         if index.numel() and int(index.min()) < 0:
             raise UserError(f"segments holds {int(index.min())}; problems are numbered from 0")
         num_segments = int(index.max()) + 1 if index.numel() else 0

@@ -36,6 +36,9 @@ class Solution:
         problem: what was solved, with the masks and normalised weights of that solve, for
             regularisers and measurements at z. Keeps f and what it closes over alive as long as
             the solution; where many solutions are collected, keep their z.
+
+    While z carries a graph a solution cannot be pickled or deep-copied, as PyTorch refuses both
+    for tensors that are no leaves; store `solution.z.detach()` and the per-sample tensors.
     """
 
     z: State

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from equilibria.core.iterate import Iterate
+from equilibria.core.options import Options
 from equilibria.core.problem import Evaluate
 
 
-class Solver(ABC):
+class Solver(Options, ABC):
     """A rule that turns the current iterate into the next one.
 
     A solver is a frozen dataclass of hyper-parameters; what it remembers lives in a separate
@@ -22,8 +23,18 @@ class Solver(ABC):
 
     @property
     def single_evaluation(self) -> bool:
-        """Whether a step is `evaluate(propose(iterate, state))` and nothing else."""
+        """Whether a step is `evaluate(propose(iterate, state))` and nothing else.
+
+        Saying so promises that `propose` asks for no numbers (no `bool(tensor)`, no `.item()`),
+        so that a solve of fixed steps never waits for the device and can be compiled as one graph;
+        and that the evaluation after the last step may go unrecorded.
+        """
         return False
+
+    @property
+    def recordable(self) -> bool:
+        """Whether its steps can be recorded and differentiated, as `Unrolled` does."""
+        return True
 
     @abstractmethod
     def init(self, iterate: Iterate, max_steps: int) -> Any:

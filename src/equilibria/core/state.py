@@ -174,7 +174,7 @@ class Layout:
                 f"f(z){leaf.name} is on {tensor.device}, z{leaf.name} on {self.device}; f must "
                 "keep the device of the state"
             )
-        if tensor.dtype != leaf.dtype and not _autocast_explains(tensor):
+        if tensor.dtype != leaf.dtype and not _autocast_explains(tensor, leaf.dtype):
             raise StateError(
                 f"f(z){leaf.name} is {tensor.dtype}, z{leaf.name} is {leaf.dtype}; start from a "
                 f"z0 of {tensor.dtype}, or cast inside f"
@@ -244,6 +244,9 @@ def _order(tensor: Tensor, batch_dims: int) -> tuple[int, ...]:
     return identity
 
 
-def _autocast_explains(tensor: Tensor) -> bool:
-    """Under autocast `f` may return half precision for a wider state; it is cast back."""
-    return torch.is_autocast_enabled(tensor.device.type)
+def _autocast_explains(tensor: Tensor, wanted: torch.dtype) -> bool:
+    """Autocast turns what it knows of into its dtype or into float32; that is cast back."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or wanted == torch.float64:
+        return False
+    return tensor.dtype in (torch.get_autocast_dtype(device), torch.float32)

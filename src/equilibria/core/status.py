@@ -47,7 +47,8 @@ _MESSAGES = {
     ),
     Status.NONFINITE: (
         "the map returned NaN or infinity; look at the inputs, at the learning rate, and for a "
-        "division, log or overflow inside the map"
+        "division, log or overflow inside the map (the norm of a float32 state overflows from "
+        "about 1e19 on, so beyond that solve in float64)"
     ),
 }
 

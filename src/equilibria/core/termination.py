@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from equilibria.core.iterate import Measurement
+from equilibria.core.options import Options
 
 
-class Termination(ABC):
+class Termination(Options, ABC):
     """Decides per sample, after every step, whether its solve is over.
 
     Sees measurements only, never states, so it costs next to nothing and is shared by all
@@ -21,6 +22,9 @@ class Termination(ABC):
     def needs_sync(self) -> bool:
         """Whether the decision depends on the numbers measured; if not, nothing waits for them."""
         return True
+
+    def check_limit(self, max_steps: int) -> None:
+        """Raise UserError where a solve of at most `max_steps` steps could not do what it says."""
 
     @abstractmethod
     def init(self, measurement: Measurement) -> Any:

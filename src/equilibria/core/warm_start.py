@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from equilibria.core.errors import UserError
+from equilibria.core.options import Options
 from equilibria.core.state import Layout
 from equilibria.core.status import Status
 
@@ -65,7 +66,7 @@ Known = tuple[Tensor, Tensor]
 """Rows to start from (B, D), and the mask (B,) of the samples for which they mean anything."""
 
 
-class WarmStart(ABC):
+class WarmStart(Options, ABC):
     """Where a solve starts, other than at the state it is given.
 
     A warm start is a frozen dataclass of configuration; what it remembers lives in a separate

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from equilibria.core.errors import UserError, nearest
+from equilibria.core.options import Options
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.solution import Solution
 
@@ -16,7 +17,7 @@ Weighting = Literal["exponential", "linear", "constant"]
 
 
 @dataclass(frozen=True)
-class FixedPointCorrection:
+class FixedPointCorrection(Options):
     """A weighted sum of the losses of the states z_1, ..., z_n of a solve, z_n = z* the last.
 
         loss = sum_i w_i * criterion(z_i),

@@ -14,6 +14,7 @@ from equilibria.core.autocast import without_autocast
 from equilibria.core.errors import UserError, nearest
 from equilibria.core.iterate import Iterate
 from equilibria.core.jacobian import transposed_jacobian
+from equilibria.core.options import Options
 from equilibria.core.parameters import check_not_negative, check_positive_integer
 from equilibria.core.problem import Problem
 from equilibria.core.pure import TransformError, is_transformed
@@ -24,7 +25,7 @@ Probes = Literal["rademacher", "normal"]
 
 
 @dataclass(frozen=True)
-class JacobianRegularizer:
+class JacobianRegularizer(Options):
     """A loss term that holds the Jacobian of f small at the returned fixed point.
 
         weight * mean over samples of ||J||_F^2 / D,    J = df/dz at z*,  D = size of a sample,

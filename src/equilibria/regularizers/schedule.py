@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from equilibria.core.errors import UserError
+from equilibria.core.options import Options
 from equilibria.core.parameters import check_not_negative, check_positive_integer
 
 
 @dataclass(frozen=True)
-class StepwiseWeight:
+class StepwiseWeight(Options):
     """A weight that grows by a fixed amount every so many training steps.
 
         weight(step) = min(start + increase * floor(step / every), maximum),   begin <= step < end,

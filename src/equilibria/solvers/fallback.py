@@ -75,6 +75,11 @@ class Fallback(Solver):
         }.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def recordable(self) -> bool:
+        """As far as all of its solvers are."""
+        return all(solver.recordable for solver in self.solvers)
+
     def init(self, iterate: Iterate, max_steps: int) -> _Ladder:
         """Start everybody with the first solver."""
         return _Ladder(self, iterate, max_steps)

@@ -102,13 +102,13 @@ class NewtonKrylov(Solver):
         if not isinstance(self.line_search, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UserError(f"line_search={self.line_search!r} must be True or False")
 
+    @property
+    def recordable(self) -> bool:
+        """Its Jacobian products are not recorded."""
+        return False
+
     def init(self, iterate: Iterate, max_steps: int) -> NewtonKrylovState:
         """Nothing is known yet."""
-        if torch.is_grad_enabled():
-            raise UserError(
-                "NewtonKrylov cannot be unrolled, because its Jacobian products are not recorded; "
-                "use adjoint=Implicit(), or unroll Anderson or Broyden"
-            )
         return NewtonKrylovState(self.products)
 
     def step(

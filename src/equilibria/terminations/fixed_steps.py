@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equilibria.core.errors import UserError
 from equilibria.core.iterate import Measurement
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.status import Status
@@ -31,6 +32,14 @@ class FixedSteps(Termination):
 
     def __post_init__(self) -> None:
         check_positive_integer("num_steps", self.num_steps)
+
+    def check_limit(self, max_steps: int) -> None:
+        """All steps have to be allowed."""
+        if self.num_steps > max_steps:
+            raise UserError(
+                f"FixedSteps({self.num_steps}) cannot be made within max_steps={max_steps}; give "
+                f"max_steps={self.num_steps} as well"
+            )
 
     def init(self, measurement: Measurement) -> None:
         """Nothing to remember."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from equilibria.core.errors import UserError, nearest
 from equilibria.core.iterate import Measurement
+from equilibria.core.options import Options
 from equilibria.core.parameters import check_not_negative, check_positive_integer
 from equilibria.core.status import RUNNING, Status
 from equilibria.core.termination import Termination
@@ -123,7 +124,7 @@ class _Size(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ToleranceSchedule:
+class ToleranceSchedule(Options):
     """A relative tolerance that tightens (or loosens) over training.
 
         log:     rtol(t) = start_rtol ^ (1 - t) * end_rtol ^ t
