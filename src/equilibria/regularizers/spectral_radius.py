@@ -82,6 +82,10 @@ def spectrum(
     (0 for a rotation by 90 degrees), and exact when the Krylov space is the whole space. Samples
     are taken to be independent. Not differentiable: train with `JacobianRegularizer`.
 
+    What a dtype can tell of the eigenvalues of a defective matrix is limited, by this method or
+    any other: a Jordan block of size k moves by eps^(1/k). Of an 8 x 8 nilpotent block, whose
+    eigenvalues are 0, float32 sees a radius of 0.1; solve in float64 where that matters.
+
     Cost: one evaluation of f and `num_vectors` vector-Jacobian products, at most `num_restarts`
     times more; memory for `num_vectors` copies of the state.
 
