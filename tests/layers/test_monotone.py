@@ -266,7 +266,7 @@ def test_the_norm_bound_of_a_convolution(kernel_size):
     basis = torch.eye(2 * size * size, dtype=torch.float64).view(-1, 2, size, size)
     dense = torch.nn.functional.conv2d(basis, kernel, padding=kernel_size // 2).flatten(1)
     norm = torch.linalg.matrix_norm(dense, 2)
-    assert norm <= found <= 1.2 * norm
+    assert norm * (1.0 - 1e-12) <= found <= 1.2 * norm  # exact up to rounding for a 1 x 1 kernel
 
 
 @pytest.mark.parametrize(
