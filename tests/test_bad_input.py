@@ -380,7 +380,9 @@ def test_settings_given_to_a_call() -> None:
         deq(x, settings=Picard())
 
 
-@pytest.mark.parametrize("name", ["z0", "settings", "segments", "states", "trace", "sample_index"])
+@pytest.mark.parametrize(
+    "name", ["z0", "settings", "batch_dims", "segments", "states", "trace", "sample_index"]
+)
 def test_an_input_of_the_cell_that_a_call_keeps_for_itself(name: str) -> None:
     class Named(Plain):
         pass

@@ -84,6 +84,16 @@ def test_solving_for_an_injection_made_before(make_deq, x):
     assert torch.equal(deq.solve(deq.cell.inject(x)).z, deq(x).z)
 
 
+def test_the_whole_batch_as_one_problem(make_deq, x):
+    deq = make_deq()
+    together = deq(x, batch_dims=0)
+    assert together.status.shape == (1,)
+    torch.testing.assert_close(together.z, deq(x).z, rtol=1e-9, atol=1e-11)
+    assert torch.equal(deq.solve(deq.cell.inject(x), batch_dims=0).z, together.z)
+    with pytest.raises(UserError, match="batch_dims must be 0 .* or 1, not 2"):
+        deq(x, batch_dims=2)
+
+
 def test_a_start_near_the_solution_saves_steps(make_deq, x):
     deq = make_deq()
     cold = deq(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, Never
+from typing import Any, Literal, Never
 
 from torch import Tensor, nn
 
@@ -138,6 +138,7 @@ class DEQ(nn.Module):
         *inputs: Any,
         z0: State | None = None,
         settings: SolveSettings | None = None,
+        batch_dims: Literal[0, 1] = 1,
         segments: Tensor | None = None,
         states: States = None,
         trace: bool = False,
@@ -152,6 +153,7 @@ class DEQ(nn.Module):
             z0: initial state; by default the cell's own, or what the warm start says. A call with
                 a z0 is left out of the warm start: neither used nor remembered.
             settings: for this call only, instead of the layer's.
+            batch_dims: 1, or 0 when the whole state is one problem, as in `solve`.
             segments: ragged batches, as in `solve`.
             states: intermediate states, as in `solve`.
             trace: record the residual of every step, forward and backward.
@@ -165,6 +167,7 @@ class DEQ(nn.Module):
                 self.cell.inject(*inputs, **named_inputs),
                 z0=z0,
                 settings=settings,
+                batch_dims=batch_dims,
                 segments=segments,
                 states=states,
                 trace=trace,
@@ -177,6 +180,7 @@ class DEQ(nn.Module):
         *,
         z0: State | None = None,
         settings: SolveSettings | None = None,
+        batch_dims: Literal[0, 1] = 1,
         segments: Tensor | None = None,
         states: States = None,
         trace: bool = False,
@@ -200,6 +204,7 @@ class DEQ(nn.Module):
             lambda z: self.cell(z, injection),
             start,
             settings,
+            batch_dims=batch_dims,
             segments=segments,
             states=states,
             trace=trace,
