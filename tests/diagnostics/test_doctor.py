@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from equilibria import (
     DEQ,
     Anderson,
+    AnyOf,
     Broyden,
     Cell,
     FixedPoint,
@@ -21,6 +22,12 @@ from equilibria import (
     OneStep,
     Picard,
     Residual,
+    Reversible,
+    ReversibleAdjoint,
+    Shine,
+    SolveSettings,
+    Stagnation,
+    Unrolled,
     UserError,
 )
 from equilibria.diagnostics.doctor import Severity, doctor, examine
@@ -287,6 +294,126 @@ def test_a_plain_map(x: Tensor) -> None:
     assert {finding.severity for finding in report.findings} == {Severity.WARNING}
     assert report.measurements[""]["spectral radius"] == pytest.approx(1.5, rel=1e-3)
     assert examine(lambda z: 0.5 * z + x, torch.zeros_like(x)).healthy
+
+
+class Graph(Plain):
+    """Messages between the rows of one graph, or between all rows where no graphs are given."""
+
+    def inject(self, x: Tensor, graph: Tensor | None = None) -> Any:
+        graph = torch.zeros(len(x)) if graph is None else graph
+        same = (graph[:, None] == graph).float()
+        return same / same.sum(1, keepdim=True), self.input(x)
+
+    def initial_state(self, injection: Any) -> Tensor:
+        return torch.zeros_like(injection[1])
+
+    def forward(self, z: Tensor, injection: Any) -> Tensor:
+        mean, u = injection
+        return torch.tanh(self.recurrent(mean @ z) + u)
+
+
+GRAPHS = torch.tensor([1, 0, 1, 1, 3])  # of different size, one without a node
+
+
+def test_ragged_batches_and_one_global_problem_are_healthy(x: Tensor) -> None:
+    deq = DEQ(Graph())
+    ragged = doctor(deq, x, GRAPHS, segments=GRAPHS)
+    assert ragged.healthy, f"\n{ragged}"
+    assert ragged.measurements[""].keys() >= {"spectral radius", "sensitivity to the injection"}
+    alone = doctor(deq, x, batch_dims=0)
+    assert alone.healthy, f"\n{alone}"
+    assert alone.measurements[""].keys() >= {"spectral radius", "sensitivity to the injection"}
+    assert doctor(deq, x).causes == ("cross-sample-coupling",)
+    assert "cross-sample-coupling" in doctor(deq, x, None, segments=GRAPHS).causes
+
+
+def test_how_a_model_calls_its_layer_is_how_it_is_examined(x: Tensor) -> None:
+    """Segments and settings come from inside, by `forward` or by `solve`."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = DEQ(Graph()), DEQ(Graph(), max_steps=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.first(x, GRAPHS, segments=GRAPHS).z
+            injection = self.second.cell.inject(z[:, :3])
+            return self.second.solve(injection, batch_dims=0, settings=self.first.settings).z
+
+    model = Model()
+    report = doctor(model, x)
+    assert report.healthy, f"\n{report}"
+    assert "solve" not in vars(model.first)
+
+
+def test_a_plain_map_of_graphs() -> None:
+    same = (GRAPHS[:, None] == GRAPHS).double()
+    c = torch.randn(5, 2, dtype=torch.float64)
+
+    def f(z: Tensor) -> Tensor:
+        return torch.tanh(0.2 * same @ z + c)
+
+    assert examine(f, torch.zeros_like(c), segments=GRAPHS).healthy
+    assert examine(f, torch.zeros_like(c), batch_dims=0).healthy
+    assert not examine(f, torch.zeros_like(c)).healthy
+
+
+@pytest.mark.parametrize(
+    "deq",
+    [
+        lambda: DEQ(
+            Plain(),
+            solver=Reversible(),
+            adjoint=ReversibleAdjoint(),
+            termination=FixedSteps(8),
+            max_steps=8,
+        ),
+        lambda: DEQ(
+            Plain(), solver=Broyden(), adjoint=Shine(), termination=FixedSteps(40), max_steps=40
+        ),
+        lambda: DEQ(Plain(), solver=Picard(), adjoint=Unrolled(), termination=FixedSteps(40)),
+    ],
+    ids=["reversible", "shine", "unrolled"],
+)
+def test_settings_that_only_go_together(deq: Callable[[], DEQ], x: Tensor) -> None:
+    """The solves that the doctor makes of its own do not depend on them."""
+    report = doctor(deq(), x)
+    assert report.healthy, f"\n{report}"
+    assert "sensitivity to the injection" in report.measurements[""]
+
+
+@pytest.mark.parametrize(
+    "termination",
+    [
+        Residual(1e-9, 0),
+        Residual(0, 1e-10),
+        AnyOf(Residual(1e-9, 0.0), Stagnation()),
+        AnyOf(Stagnation(), AnyOf(Residual(1e-9, 0.0), Residual(1e-10, 0.0))),
+    ],
+    ids=str,
+)
+def test_a_tolerance_below_the_dtype_in_any_form(termination: Any, x: Tensor) -> None:
+    causes = doctor(DEQ(Plain(), termination=termination), x).causes
+    assert "tolerance-below-dtype" in causes
+
+
+def test_a_rule_that_can_be_met_beside_one_that_cannot(x: Tensor) -> None:
+    """The first of them to hold ends the solve."""
+    termination = AnyOf(Residual(1e-9, 0.0), Residual(1e-4, 0.0))
+    assert doctor(DEQ(Plain(), termination=termination), x).healthy
+
+
+def test_an_absolute_tolerance_that_decides() -> None:
+    small = 1e-4 * torch.rand(5, 3)
+
+    def causes(**tolerances: float) -> tuple[str, ...]:
+        settings = SolveSettings(termination=Residual(**tolerances))
+        return examine(lambda z: 0.5 * z + small, torch.zeros(5, 3), settings).causes
+
+    assert causes(rtol=1e-4, atol=1e-6) == ("absolute-tolerance-decides",)
+    assert causes(rtol=1e-4, atol=0.0) == ()
+    assert causes(rtol=1e-1, atol=1e-6) == ()
+    assert causes(rtol=1e-4, atol=1e-3) == ()  # these fixed points count as zero, as is meant
 
 
 def test_half_precision_states(x: Tensor) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,15 +12,22 @@ from torch.nn.utils import parametrizations
 from equilibria import (
     DEQ,
     Cell,
+    FixedSteps,
     Implicit,
     OneStep,
     Phantom,
     Picard,
     Residual,
     SolveSettings,
+    Unrolled,
     UserError,
 )
-from equilibria.diagnostics.gradient_quality import gradient_quality, gradient_quality_of_solve
+from equilibria.diagnostics.gradient_quality import (
+    TensorQuality,
+    gradient_quality,
+    gradient_quality_of_solve,
+)
+from equilibria.testing import problem
 
 
 class Masked(Cell):
@@ -90,6 +99,41 @@ def test_a_parameter_whose_gradient_is_wrong_is_seen_by_name() -> None:
     assert "0.050" in str(quality)
 
 
+def test_ragged_batches_and_one_global_problem() -> None:
+    """z = w n z + 1 where every row sees the sum of its n: one step gives 1 - w n of the length."""
+
+    class Sums(Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+
+        def inject(self, index: Tensor) -> Tensor:
+            return (index[:, None] == index).double()
+
+        def initial_state(self, injection: Tensor) -> Tensor:
+            return injection.new_zeros(len(injection), 1)
+
+        def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+            return self.w * (injection @ z) + 1.0
+
+    deq = DEQ(Sums(), termination=Residual(1e-12, 0.0), adjoint=OneStep())
+    index = torch.tensor([0, 1, 1, 0])
+    ragged = gradient_quality(deq, index, segments=index, loss=torch.sum)
+    assert ragged.overall.norm_ratio == pytest.approx(1 - 0.2 * 2, rel=1e-5)
+    alone = gradient_quality(deq, 0 * index, batch_dims=0, loss=torch.sum)
+    assert alone.overall.norm_ratio == pytest.approx(1 - 0.2 * 4, rel=1e-5)
+    of_map = gradient_quality_of_solve(
+        lambda z: deq.cell(z, deq.cell.inject(index)),
+        torch.zeros(4, 1, dtype=torch.float64),
+        {"w": deq.cell.w},
+        adjoint=OneStep(),
+        settings=deq.settings,
+        segments=index,
+        loss=torch.sum,
+    )
+    assert of_map.overall == replace(ragged.overall, name="all together")
+
+
 def test_nothing_is_touched(deq: DEQ) -> None:
     x = torch.randn(4, 3)
     deq(x).z.sum().backward()
@@ -116,7 +160,26 @@ def test_a_failed_reference_is_called_in_doubt() -> None:
         exact=Implicit(Picard(), max_steps=3),
     )
     assert quality.exact_converged == 0.0
+    assert quality.exact_residual == pytest.approx(3.0)  # the best is u = g, and J^T g is -3 g
+    assert f"residual up to {quality.exact_residual:.1e}" in str(quality)
     assert "in doubt" in str(quality)
+
+
+def test_a_reference_that_solves_nothing_has_no_residual(deq: DEQ) -> None:
+    settings = replace(deq.settings, solver=Picard(), termination=FixedSteps(30))
+    live = problem("tanh").differentiable()
+    quality = gradient_quality_of_solve(
+        live.f,
+        live.z0,
+        {"weight": live.sources[1]},
+        adjoint=OneStep(),
+        settings=settings,
+        exact=Unrolled(),
+    )
+    assert math.isnan(quality.exact_residual)
+    assert quality.exact_converged == 1.0
+    assert isinstance(quality.overall, TensorQuality)
+    assert 0.0 < quality.overall.cosine < 1.0
 
 
 def test_bad_arguments(deq: DEQ) -> None:

@@ -79,5 +79,37 @@ def test_nothing_is_touched_and_the_seed_decides() -> None:
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(batch: int) -> None:
+    """Of no sample nothing depends on the path."""
     report = path_independence(DEQ(Tanh(0.5)), torch.randn(batch, 3), settings=TIGHT)
-    assert str(report)
+    assert (report.score, report.different) == (1.0, 0.0)
+    assert report.alignment == pytest.approx(1.0)
+    assert "100% (same fixed point)" in str(report)
+
+
+class Graph(Tanh):
+    """The rows of one problem see their sum."""
+
+    def inject(self, x: Tensor, graph: Tensor) -> tuple[Tensor, Tensor]:
+        return (graph[:, None] == graph).to(x), super().inject(x)
+
+    def initial_state(self, injection: tuple[Tensor, Tensor]) -> Tensor:
+        return super().initial_state(injection[1])
+
+    def forward(self, z: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
+        return super().forward(injection[0] @ z, injection[1])
+
+
+def test_a_ragged_batch_is_judged_by_problem() -> None:
+    """Gain 0.5 contracts for one row or two, and has three fixed points for eight."""
+    graph = torch.tensor([0] * 8 + [1] + [2] * 2).roll(3)
+    deq, x = DEQ(Graph(0.4)), torch.randn(11, 3)
+    report = path_independence(deq, x, graph, segments=graph, settings=TIGHT)
+    assert all(a.distance.shape == (3,) for a in report.arrivals)
+    noise = report.arrivals[1]
+    assert (noise.distance <= report.tolerance).tolist() == [False, True, True]
+    alone = path_independence(deq, x, graph * 0, batch_dims=0, settings=TIGHT)
+    assert [a.distance.shape for a in alone.arrivals] == [(1,)] * 3
+    of_map = path_independence_of_solve(
+        lambda z: 0.5 * torch.cos(z), torch.zeros(11, 3), segments=graph, settings=TIGHT
+    )
+    assert of_map.score == 1.0

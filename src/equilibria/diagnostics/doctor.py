@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
-from equilibria.core.state import Layout, State, StateError
+from equilibria.core.solution import Solution
+from equilibria.core.state import State, StateError
 from equilibria.deq import DEQ, Cell
 from equilibria.diagnostics import doctor_checks as checks
 from equilibria.diagnostics.isolation import untouched
@@ -129,18 +130,20 @@ def doctor(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Report:
                 f"no DEQ layer of {type(model).__name__} ran on this batch; give inputs that "
                 "reach one of them"
             )
-        for name, (z, injection) in calls.items():
-            deq = layers[name]
-            found, numbers = _examine(
-                _bind(deq.cell, injection), z, deq.settings.cold(), name, deq.cell, injection
-            )
+        for name, patient in calls.items():
+            found, numbers = _examine(patient, name)
             findings += found
             measurements[name] = numbers
     return _report(findings, measurements)
 
 
 def examine(
-    f: Callable[[State], State], z0: State, settings: SolveSettings = SolveSettings()
+    f: Callable[[State], State],
+    z0: State,
+    settings: SolveSettings = SolveSettings(),
+    *,
+    batch_dims: Literal[0, 1] = 1,
+    segments: Tensor | None = None,
 ) -> Report:
     """`doctor` for a plain map: the same checks, except those that need a module.
 
@@ -148,24 +151,19 @@ def examine(
         f: the map of `solve(f, z0)`.
         z0: where its solve starts.
         settings: those of the solve.
+        batch_dims: as in `solve`.
+        segments: as in `solve`.
     """
+    patient = checks.Patient(f, z0, settings, batch_dims=batch_dims, segments=segments)
     with untouched(), torch.enable_grad():
-        findings, numbers = _examine(f, z0, settings, "", None, None)
+        findings, numbers = _examine(patient, "")
     return _report(findings, {"": numbers})
 
 
-def _examine(
-    f: Callable[[State], State],
-    z0: State,
-    settings: SolveSettings,
-    layer: str,
-    cell: Cell | None,
-    injection: Any,
-) -> tuple[list[Finding], dict[str, float]]:
-    patient = checks.Patient(f, z0, settings, cell, injection)
+def _examine(patient: checks.Patient, layer: str) -> tuple[list[Finding], dict[str, float]]:
     numbers: dict[str, float] = {}
     try:
-        Layout.of(z0).pack(f(z0))
+        patient.layout.pack(patient.map(patient.z0))
     except StateError as error:
         advice = "return a state of exactly the form of z: same tree, shapes, dtypes and device"
         return [Finding("form-of-state", Severity.ERROR, layer, str(error), advice)], numbers
@@ -194,30 +192,56 @@ def _first_calls(
     layers: Mapping[str, DEQ],
     inputs: tuple[Any, ...],
     named_inputs: Mapping[str, Any],
-) -> dict[str, tuple[State, Any]]:
-    """What the cell of every layer is called with first: the initial state and the injection."""
-    calls: dict[str, tuple[State, Any]] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if name not in calls and len(arguments) == 2:
-                z, injection = arguments
-                calls[name] = (_detached(z), injection)
-
-        return note
-
+) -> dict[str, checks.Patient]:
+    """What every layer is asked to solve first: the map, where it starts, and how."""
+    patients: dict[str, checks.Patient] = {}
     with ExitStack() as stack:
         for name, deq in layers.items():
-            handle = deq.cell.register_forward_pre_hook(watch(name))
-            stack.callback(handle.remove)
+            stack.enter_context(_watched(deq, name, patients))
         stack.enter_context(checks.quiet())
         try:
             model(*inputs, **named_inputs)
         except StateError:
-            if not calls:
+            if not patients:
                 raise
             # What is wrong with the form of the state is going to be a finding.
-    return calls
+    return patients
+
+
+@contextmanager
+def _watched(deq: DEQ, name: str, patients: dict[str, checks.Patient]) -> Generator[None]:
+    """Note how `deq` is called first: by `forward` or `solve`, from inside a model or outside."""
+    running: list[dict[str, Any]] = []
+
+    def solve(injection: Any, **options: Any) -> Solution:
+        running.append(options)
+        try:
+            return type(deq).solve(deq, injection, **options)
+        finally:
+            running.pop()
+
+    def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        # another layer may have the same cell
+        if name in patients or not running or len(arguments) != 2:
+            return
+        (z, injection), asked = arguments, running[-1]
+        patients[name] = checks.Patient(
+            _bind(deq.cell, injection),
+            _detached(z),
+            (asked.get("settings") or deq.settings).cold(),
+            deq.cell,
+            injection,
+            asked.get("batch_dims", 1),
+            asked.get("segments"),
+        )
+
+    handle = deq.cell.register_forward_pre_hook(note)
+    vars(deq)["solve"] = solve
+    try:
+        yield
+    finally:
+        handle.remove()
+        del vars(deq)["solve"]
 
 
 def _detached(z: State) -> State:

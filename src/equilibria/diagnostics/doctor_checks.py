@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,11 @@ from equilibria.core.iterate import rms
 from equilibria.core.solution import Solution
 from equilibria.core.state import Layout, State
 from equilibria.core.status import ConvergenceError, ConvergenceWarning, Status
+from equilibria.core.termination import Termination
 from equilibria.deq import Cell
 from equilibria.diagnostics.spectrum import spectrum
 from equilibria.linear.gmres import GMRES
+from equilibria.terminations.any_of import AnyOf
 from equilibria.terminations.residual import Residual
 
 _NEAR_ONE = 0.98
@@ -65,10 +67,12 @@ class Patient:
     settings: SolveSettings
     cell: Cell | None = None
     injection: Any = None
+    batch_dims: Literal[0, 1] = 1
+    segments: Tensor | None = None
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout.of(self.z0)
+        return Layout.of(self.z0, self.batch_dims, self.segments)
 
     @cached_property
     def start(self) -> Tensor:
@@ -109,19 +113,28 @@ class Patient:
         """The forward solve with the patient's own settings."""
         with quiet(), torch.no_grad():
             settings = replace(self.settings, on_failure="ignore")
-            return solve_with(self.frozen, self.z0, settings)
+            return self.solve(settings)
+
+    def solve(self, settings: SolveSettings) -> Solution:
+        """A solve of the frozen map from the usual start."""
+        return solve_with(
+            self.frozen, self.z0, settings, batch_dims=self.batch_dims, segments=self.segments
+        )
 
     @cached_property
     def fixed_point(self) -> Tensor:
         """What the solve returned, packed; the best that is known even where it failed."""
         return self.layout.pack(self.solution.z)
 
-    def probe(self, like: Tensor, seed: int = 0) -> Tensor:
-        """Noise (B, D) of the size of `like`, or of size 1 where that is zero."""
-        draw = torch.Generator().manual_seed(seed)
-        size = rms(like).unsqueeze(1)
-        size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
-        return size * torch.randn(like.shape, generator=draw).to(like)
+    def probe(self, like: Tensor) -> Tensor:
+        """Noise (B, D) of the size of packed states, or of size 1 where that is zero."""
+        # there and back, because no map sees what lies in the padding of a ragged batch
+        return self.layout.pack(self.layout.unpack(_noise(like, self.size(like))))
+
+    def size(self, packed: Tensor) -> Tensor:
+        """Root mean square (B,) of packed states, without the padding of ragged batches."""
+        scale = self.layout.norm_scale
+        return rms(packed) if scale is None else rms(packed) * scale
 
     @property
     def eps(self) -> float:
@@ -316,25 +329,10 @@ def coupling(patient: Patient, numbers: dict[str, float]) -> list[Symptom]:
 def precision(patient: Patient, numbers: dict[str, float]) -> list[Symptom]:
     """Tolerances that the dtype of the state cannot resolve."""
     symptoms: list[Symptom] = []
-    termination, limit = patient.settings.termination, _ROUNDING * patient.eps
-    rtol, atol = (getattr(termination, name, None) for name in ("rtol", "atol"))
-    if isinstance(rtol, float) and isinstance(atol, float):
-        size = float(rms(patient.image(patient.start)).max()) if patient.start.numel() else 0.0
-        asked = rtol + (atol / size if size > 0 else 1.0)
-        if asked < limit:
-            dtypes = sorted(
-                {str(leaf.dtype).removeprefix("torch.") for leaf in patient.layout.leaves}
-            )
-            symptoms.append(
-                Symptom(
-                    "tolerance-below-dtype",
-                    False,
-                    f"a relative residual of {asked:.1e} is asked for (rtol {rtol:.1e}, atol "
-                    f"{atol:.1e} at images of size {size:.1e}), but a state in {_listed(dtypes)} "
-                    f"resolves about {limit:.1e}",
-                    f"set rtol to at least {limit:.0e}, or keep the state in a wider dtype",
-                )
-            )
+    limit = _ROUNDING * patient.eps
+    rules = _residual_rules(patient.settings.termination)
+    if rules and patient.start.numel():
+        symptoms += _forward_precision(patient, rules, limit)
     adjoint = patient.settings.adjoint
     if isinstance(adjoint, Implicit) and adjoint.rtol + adjoint.atol < limit:
         symptoms.append(
@@ -349,12 +347,60 @@ def precision(patient: Patient, numbers: dict[str, float]) -> list[Symptom]:
     return symptoms
 
 
+def _residual_rules(termination: Termination) -> list[Residual]:
+    """Those among the rules that compare a residual with a tolerance."""
+    if isinstance(termination, AnyOf):
+        return [found for rule in termination.rules for found in _residual_rules(rule)]
+    return [termination] if isinstance(termination, Residual) else []
+
+
+def _forward_precision(patient: Patient, rules: list[Residual], limit: float) -> list[Symptom]:
+    """Tolerances out of reach, or absolute where they should be relative.
+
+    One rule that holds is enough to end a solve, so what counts is the loosest.
+    """
+    sizes = patient.size(patient.image(patient.fixed_point))
+    if not bool(torch.isfinite(sizes).all()):
+        sizes = patient.size(patient.image(patient.start))
+    size = float(sizes.max())
+    rule = max(rules, key=lambda rule: rule.atol + rule.rtol * size)
+    asked = rule.rtol + (rule.atol / size if size > 0 else 1.0)
+    numbers = f"rtol {rule.rtol:.1e}, atol {rule.atol:.1e} at images of size"
+    if asked < limit:
+        dtypes = sorted({str(leaf.dtype).removeprefix("torch.") for leaf in patient.layout.leaves})
+        return [
+            Symptom(
+                "tolerance-below-dtype",
+                False,
+                f"a relative residual of {asked:.1e} is asked for ({numbers} {size:.1e}), but a "
+                f"state in {_listed(dtypes)} resolves about {limit:.1e}",
+                f"set rtol to at least {limit:.0e}, or keep the state in a wider dtype",
+            )
+        ]
+    # a fixed point below atol counts as zero, which is what atol is for
+    loose = (sizes > rule.atol) & (rule.atol > rule.rtol * sizes)
+    if not bool(loose.any()):
+        return []
+    smallest = float(sizes[loose].min())
+    return [
+        Symptom(
+            "absolute-tolerance-decides",
+            False,
+            f"for {int(loose.sum())} of {len(loose)} samples atol is the larger part of the "
+            f"tolerance ({numbers} {smallest:.1e}), so that a relative residual up to "
+            f"{rule.rtol + rule.atol / smallest:.1e} counts as converged",
+            "set atol to 0, which leaves the tolerance relative to the size of the state, or keep "
+            "it if a residual of that size means nothing to you",
+        )
+    ]
+
+
 # --- has it a fixed point that can be found ----------------------------------------------------
 
 
 def growth(patient: Patient, numbers: dict[str, float]) -> list[Symptom]:
     """Whether far-away states are brought back: |f(z)| against |z| at ever larger z."""
-    size = rms(patient.start).clamp_min(1.0).unsqueeze(1)
+    size = patient.size(patient.start).clamp_min(1.0).unsqueeze(1)
     if patient.start.numel() == 0:
         return []
     gains: list[float] = []
@@ -364,7 +410,7 @@ def growth(patient: Patient, numbers: dict[str, float]) -> list[Symptom]:
         for _ in range(4):  # in the direction that the map itself prefers
             image = patient.image(z)
             gain = rms(image) / rms(z).clamp_min(1e-30)
-            length = rms(image).unsqueeze(1)
+            length = patient.size(image).unsqueeze(1)
             usable = torch.isfinite(length) & (length > 0)
             z = torch.where(usable, image * (scale * size / length), z)
         worst = float(torch.nan_to_num(gain, nan=torch.inf).max())
@@ -413,7 +459,12 @@ def contraction(patient: Patient, numbers: dict[str, float]) -> list[Symptom]:
     if not patient.start.numel():
         return []
     with torch.enable_grad():
-        found = spectrum(patient.frozen, patient.layout.unpack(patient.fixed_point))
+        found = spectrum(
+            patient.frozen,
+            patient.layout.unpack(patient.fixed_point),
+            batch_dims=patient.batch_dims,
+            segments=patient.segments,
+        )
     radius = found.radius
     if not bool(torch.isfinite(radius).all()):
         return []  # a derivative is not finite, which the backward pass tells better
@@ -453,30 +504,30 @@ def contraction(patient: Patient, numbers: dict[str, float]) -> list[Symptom]:
 
 def sensitivity(patient: Patient, numbers: dict[str, float]) -> list[Symptom]:
     """How much the fixed point moves when the injection does, both relative to their size."""
-    batch = patient.start.shape[0]
     leaves, treespec = pytree.tree_flatten(patient.injection)
-    if patient.cell is None or not any(_is_per_sample(leaf, batch) for leaf in leaves):
+    if patient.cell is None or not any(_is_per_sample(leaf, patient) for leaf in leaves):
         return []
     if not bool(patient.solution.converged.all()):
         return []
     cell, step = patient.cell, max(1e-3, 30.0 * patient.eps**0.5)
 
     def moved(leaf: Any) -> Any:
-        if not _is_per_sample(leaf, batch):
-            return leaf
-        flat = leaf.detach().reshape(batch, -1).to(patient.start.dtype)
-        return leaf + step * patient.probe(flat).to(leaf.dtype).view_as(leaf)
+        return _disturbed(leaf, step) if _is_per_sample(leaf, patient) else leaf
 
     injection = pytree.tree_unflatten([moved(leaf) for leaf in leaves], treespec)
-    # Tight, so that what the residual leaves open is small beside the shift.
-    tight = replace(
-        patient.settings,
+
+    def elsewhere(z: State) -> State:
+        return cell(z, injection)
+
+    # Tight, so that what the residual leaves open is small beside the shift, and with settings
+    # that go together whatever those of the patient are.
+    tight = SolveSettings(
         termination=Residual(rtol=20.0 * patient.eps, atol=0.0),
         max_steps=max(200, patient.settings.max_steps),
     )
     start = patient.layout.unpack(patient.fixed_point)
-    here = Patient(patient.map, start, tight)
-    there = Patient(lambda z: cell(z, injection), start, tight)
+    here = replace(patient, z0=start, settings=tight, cell=None)
+    there = replace(here, map=elsewhere)
     if not bool((here.solution.converged & there.solution.converged).all()):
         return []
     shift = rms(there.fixed_point - here.fixed_point) / step
@@ -506,7 +557,7 @@ def backward_solve(patient: Patient, numbers: dict[str, float]) -> list[Symptom]
         return []
     settings = replace(patient.settings, on_failure="ignore")
     with quiet(), torch.enable_grad():
-        solution = solve_with(patient.frozen, patient.z0, settings)
+        solution = patient.solve(settings)
         z = patient.layout.pack(solution.z)
         if not z.requires_grad:
             return [_no_gradient(list(parameters))]
@@ -622,12 +673,30 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _is_per_sample(leaf: object, batch: int) -> bool:
+def _noise(like: Tensor, size: Tensor) -> Tensor:
+    """Noise of shape (B, D) and the given size (B,), or of size 1 where that is zero."""
+    draw = torch.Generator().manual_seed(0)
+    size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0).unsqueeze(1)
+    return size * torch.randn(like.shape, generator=draw).to(like)
+
+
+def _disturbed(leaf: Tensor, step: float) -> Tensor:
+    """A part of an injection, moved by `step` times its size."""
+    flat = leaf.detach().flatten(1).to(torch.promote_types(leaf.dtype, torch.float32))
+    return leaf + step * _noise(flat, rms(flat)).to(leaf.dtype).view_as(leaf)
+
+
+def _is_per_sample(leaf: object, patient: Patient) -> bool:
+    """Whether a part of the injection has a row per row of the state."""
+    layout = patient.layout
+    rows = layout.batch_size if layout.batch_dims else (*layout.leaves[0].shape, None)[0]
     return (
         isinstance(leaf, Tensor)
         and leaf.is_floating_point()
         and leaf.dim() > 1
-        and leaf.shape[0] == batch
+        and leaf.shape[0] == rows
+        # a matrix of rows by rows says which belong together, as in graphs
+        and not (leaf.shape[1] == rows and (layout.segments or not layout.batch_dims))
         and bool(torch.isfinite(leaf).all())
         and bool(leaf.any())
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,6 +89,8 @@ def gradient_quality(
     adjoint: Adjoint | None = None,
     exact: Adjoint = REFERENCE,
     loss: Loss | None = None,
+    batch_dims: Literal[0, 1] = 1,
+    segments: Tensor | None = None,
     **named_inputs: Any,
 ) -> GradientQuality:
     """Compare a gradient method with the exact gradient for the parameters of a layer.
@@ -101,6 +104,8 @@ def gradient_quality(
         adjoint: the cheap method; by default the layer's own.
         exact: what it is compared with.
         loss: scalar of the state z; by default a fixed random direction, which favours nothing.
+        batch_dims: as for the layer.
+        segments: as for the layer.
         **named_inputs: as for the layer.
 
     Raises:
@@ -112,7 +117,14 @@ def gradient_quality(
     with untouched(deq), torch.enable_grad():
         injection = deq.cell.inject(*inputs, **named_inputs)
         z0 = deq.cell.initial_state(injection)
-        return _compare(lambda z: deq.cell(z, injection), z0, parameters, settings, exact, loss)
+        run = partial(
+            solve_with,
+            lambda z: deq.cell(z, injection),
+            z0,
+            batch_dims=batch_dims,
+            segments=segments,
+        )
+        return _compare(run, parameters, settings, exact, loss)
 
 
 def gradient_quality_of_solve(
@@ -124,6 +136,8 @@ def gradient_quality_of_solve(
     settings: SolveSettings = SolveSettings(),
     exact: Adjoint = REFERENCE,
     loss: Loss | None = None,
+    batch_dims: Literal[0, 1] = 1,
+    segments: Tensor | None = None,
 ) -> GradientQuality:
     """The same for a plain `solve(f, z0)`.
 
@@ -135,18 +149,20 @@ def gradient_quality_of_solve(
         settings: of the forward solve; its own adjoint is not used.
         exact: what the cheap method is compared with.
         loss: scalar of the state z; by default a fixed random direction.
+        batch_dims: as in `solve`.
+        segments: as in `solve`.
 
     Raises:
         UserError: no tensor requires a gradient.
     """
     live = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     with untouched(), torch.enable_grad():
-        return _compare(f, z0, live, replace(settings, adjoint=adjoint), exact, loss)
+        run = partial(solve_with, f, z0, batch_dims=batch_dims, segments=segments)
+        return _compare(run, live, replace(settings, adjoint=adjoint), exact, loss)
 
 
 def _compare(
-    f: Callable[[State], State],
-    z0: State,
+    run: Callable[[SolveSettings], Solution],
     tensors: Mapping[str, Tensor],
     settings: SolveSettings,
     exact: Adjoint,
@@ -160,8 +176,8 @@ def _compare(
     if not exact.exact:
         raise UserError(f"exact={exact!r} is itself an approximation; give for example Implicit()")
     settings = replace(settings, on_failure="ignore")
-    found, solution = _gradients(f, z0, tensors, settings, loss)
-    wanted, reference = _gradients(f, z0, tensors, replace(settings, adjoint=exact), loss)
+    found, solution = _gradients(run, tensors, settings, loss)
+    wanted, reference = _gradients(run, tensors, replace(settings, adjoint=exact), loss)
     report = reference.backward.result
     return GradientQuality(
         method=repr(settings.adjoint),
@@ -174,13 +190,12 @@ def _compare(
 
 
 def _gradients(
-    f: Callable[[State], State],
-    z0: State,
+    run: Callable[[SolveSettings], Solution],
     tensors: Mapping[str, Tensor],
     settings: SolveSettings,
     loss: Loss | None,
 ) -> tuple[tuple[Tensor, ...], Solution]:
-    solution = solve_with(f, z0, settings)
+    solution = run(settings)
     scalar = (loss or _random_direction)(solution.z)
     gradients = torch.autograd.grad(
         scalar,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,19 +51,19 @@ class PathIndependence:
     @property
     def alignment(self) -> float:
         """Mean cosine over all starts and samples; 1 for a path-independent model."""
-        return float(torch.cat([arrival.cosine for arrival in self.arrivals]).mean())
+        return _mean([arrival.cosine for arrival in self.arrivals], of_none=1.0)
 
     @property
     def score(self) -> float:
         """Share of (start, sample) pairs that converged to the reference fixed point; 0 to 1."""
         same = [a.converged & (a.distance <= self.tolerance) for a in self.arrivals]
-        return float(torch.cat(same).double().mean())
+        return _mean(same, of_none=1.0)
 
     @property
     def different(self) -> float:
         """Share of the pairs that converged, but to another fixed point."""
         other = [a.converged & (a.distance > self.tolerance) for a in self.arrivals]
-        return float(torch.cat(other).double().mean())
+        return _mean(other, of_none=0.0)
 
     def __str__(self) -> str:
         lines = [
@@ -85,6 +86,8 @@ def path_independence(
     settings: SolveSettings | None = None,
     tolerance: float = 1e-2,
     seed: int = 0,
+    batch_dims: Literal[0, 1] = 1,
+    segments: Tensor | None = None,
     **named_inputs: Any,
 ) -> PathIndependence:
     """Solve the same batch from several initial states and compare where it ends.
@@ -101,6 +104,8 @@ def path_independence(
             than in training, since a distance is blurred by what the residuals leave open.
         tolerance: relative distance up to which two fixed points are the same.
         seed: of the noise.
+        batch_dims: as for the layer.
+        segments: as for the layer.
         **named_inputs: as for the layer.
 
     References:
@@ -115,6 +120,8 @@ def path_independence(
             settings=(settings or deq.settings).cold(),
             tolerance=tolerance,
             seed=seed,
+            batch_dims=batch_dims,
+            segments=segments,
         )
 
 
@@ -125,16 +132,19 @@ def path_independence_of_solve(
     settings: SolveSettings = SolveSettings(),
     tolerance: float = 1e-2,
     seed: int = 0,
+    batch_dims: Literal[0, 1] = 1,
+    segments: Tensor | None = None,
 ) -> PathIndependence:
     """The same for a plain `solve(f, z0)`; f has to be the same function at every call."""
     quiet = replace(settings, on_failure="ignore")
+    run = partial(solve_with, f, settings=quiet, batch_dims=batch_dims, segments=segments)
     with torch.no_grad():
-        reference = solve_with(f, z0, quiet)
-        layout = Layout.of(reference.z)
+        reference = run(z0)
+        layout = Layout.of(reference.z, batch_dims, segments)
         packed = layout.pack(reference.z)
         arrivals: list[Arrival] = []
-        for name, start in _starts(packed, seed).items():
-            found = solve_with(f, layout.unpack(start), quiet)
+        for name, start in _starts(packed, layout.norm_scale, seed).items():
+            found = run(layout.unpack(start))
             z = layout.pack(found.z)
             arrivals.append(
                 Arrival(
@@ -148,9 +158,9 @@ def path_independence_of_solve(
     return PathIndependence(tuple(arrivals), tolerance)
 
 
-def _starts(fixed_point: Tensor, seed: int) -> dict[str, Tensor]:
+def _starts(fixed_point: Tensor, scale: Tensor | None, seed: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    size = rms(fixed_point).unsqueeze(1)
+    size = (rms(fixed_point) if scale is None else rms(fixed_point) * scale).unsqueeze(1)
     noise = size * torch.randn(fixed_point.shape, generator=draw).to(fixed_point)
     starts = {
         "zeros": torch.zeros_like(fixed_point),
@@ -160,6 +170,11 @@ def _starts(fixed_point: Tensor, seed: int) -> dict[str, Tensor]:
     if fixed_point.shape[0] > 1:
         starts["other samples"] = fixed_point.roll(1, dims=0)
     return starts
+
+
+def _mean(values: list[Tensor], of_none: float) -> float:
+    together = torch.cat(values).double()
+    return float(together.mean()) if together.numel() else of_none
 
 
 def _tiny(x: Tensor) -> float:
