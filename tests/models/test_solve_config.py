@@ -73,7 +73,7 @@ def test_evaluation_solve_changes_only_what_is_given() -> None:
     assert isinstance(changed, DEQTransformerConfig)
     assert changed.solve.eval_settings().solver == Broyden(history_size=9)
     assert changed.solve.eval_settings().max_steps == 77
-    assert changed.solve.eval_settings().termination == Residual(1e-6, 1e-6)
+    assert changed.solve.eval_settings().termination == Residual(1e-6)
     assert changed.solve.train_settings() == model.solve.train_settings()
 
 

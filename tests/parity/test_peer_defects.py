@@ -286,8 +286,8 @@ def test_torchdeq_the_default_gradient_is_one_step_and_the_default_stop_absolute
     live = problem("tanh").differentiable()
     expect_dense_gradients(live, solve(live.f, live.z0), accuracy=1e-2)
     tiny = problem("tanh")
-    small = solve(lambda z: 1e-9 * tiny.f(1e9 * z), tiny.z0, termination=Residual(1e-4, 0.0))
-    large = solve(tiny.f, tiny.z0, termination=Residual(1e-4, 0.0))
+    small = solve(lambda z: 1e-9 * tiny.f(1e9 * z), tiny.z0)
+    large = solve(tiny.f, tiny.z0)
     torch.testing.assert_close(1e9 * small.z, large.z, rtol=1e-6, atol=1e-9)
 
 

@@ -17,6 +17,7 @@ from equilibria import (
     Picard,
     Residual,
     Status,
+    ToleranceSchedule,
     UserError,
     solve,
 )
@@ -59,6 +60,31 @@ def test_the_residual_criterion_is_per_sample():
         else codes
     )
     assert codes.tolist() == [Status.SUCCESS, RUNNING, Status.SUCCESS]
+
+
+@pytest.mark.parametrize("rule", [Residual(), ToleranceSchedule(1e-4, 1e-4, num_steps=1)(0)])
+@pytest.mark.parametrize("unit", [1e-7, 1e7])
+def test_by_default_the_unit_of_the_state_means_nothing(rule, unit):
+    """A tiny state is no solved one: its gradient would be missing without a word."""
+    a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    x, z0 = torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+
+    def solved(unit):
+        return solve(lambda z: unit * torch.tanh(a * z / unit + x), z0, termination=rule)
+
+    found, usual = solved(unit), solved(1.0)
+    assert torch.equal(found.num_steps, usual.num_steps)
+    gradients = [torch.autograd.grad(solution.z.sum(), a)[0] for solution in (found, usual)]
+    torch.testing.assert_close(gradients[0] / unit, gradients[1])
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=repr)
+def test_a_fixed_point_at_zero_is_met_where_the_start_is_zero_or_with_an_atol(solver):
+    def solved(z0, termination):
+        return solve(lambda z: 0.5 * z.sin(), z0, solver=solver, termination=termination)
+
+    assert solved(torch.zeros(2, 3), Residual()).num_steps.tolist() == [0, 0]
+    assert solved(torch.ones(2, 3), Residual(atol=1e-6)).converged.all()
 
 
 def test_the_norm_is_a_mean_so_that_atol_does_not_depend_on_the_width():

@@ -229,7 +229,7 @@ def test_what_knows_no_earlier_solve_is_refused(warm_start):
 
 
 def test_without_a_place_to_remember(weight, data):
-    f = lambda z: torch.tanh(z @ weight)  # noqa: E731
+    f = lambda z: torch.tanh(z @ weight + 1.0)  # noqa: E731
     with pytest.raises(UserError, match="no place to remember"):
         solve(f, data, adjoint=Implicit(warm_start=Previous()))
     with torch.no_grad():  # nothing to solve backward

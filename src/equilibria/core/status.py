@@ -34,8 +34,9 @@ class Status(IntEnum):
 _MESSAGES = {
     Status.SUCCESS: "the residual met the tolerance",
     Status.MAX_STEPS: (
-        "the step limit was reached before the tolerance; raise max_steps, loosen rtol, or make "
-        "the map more contractive (Jacobian regularisation, weight norm, smaller initial weights)"
+        "the step limit was reached before the tolerance; raise max_steps, loosen rtol, make the "
+        "map more contractive (Jacobian regularisation, weight norm, smaller initial weights), or "
+        "give Residual an atol if the fixed point is exactly 0"
     ),
     Status.STALLED: (
         "the residual stopped improving; the tolerance may be below what the dtype can resolve, "

@@ -36,8 +36,8 @@ class SolveConfig:
     """Forward solver, for example "anderson(history_size=8)", "broyden" or "picard"."""
     rtol: float = 1e-3
     """A sample is done when its residual is below this share of its state."""
-    atol: float = 1e-6
-    """... or below this per component (root mean square)."""
+    atol: float = 0.0
+    """... or below this per component (root mean square), in the unit of the state."""
     max_steps: int = 30
     """Forward step limit in training."""
     adjoint: Adjoint = Implicit(solver=GMRES(), rtol=1e-3, max_steps=30)

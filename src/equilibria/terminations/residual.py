@@ -23,8 +23,14 @@ class Residual(Termination):
 
         rms(f(z) - z) <= atol + rtol * rms(f(z))
 
-    The default is relative because the scale of a hidden state means nothing: rescaling it must
-    not change when a solve stops. `atol` is there for fixed points at zero.
+    The default is relative and nothing else, because the unit of a hidden state means nothing:
+    measuring it in another one must not change when a solve stops. Any `atol` breaks that; of a
+    state that is smaller than it everywhere, the start already counts as solved, and what was not
+    iterated has no gradient worth the name. An image of exactly zero with residual zero is a
+    success as it is.
+
+    Give an `atol`, in the unit of the state, where the fixed point may be exactly zero and the
+    start is not: f(z) = z / 2 halves state and residual alike, whose ratio stays 1 for ever.
 
     A relative residual has one trap: it also becomes small when the state runs away. At
     z = 1e16 the map f(z) = z + 1 has residual 0 in float64, and a quasi-Newton step on a singular
@@ -43,7 +49,8 @@ class Residual(Termination):
     Args:
         rtol: relative tolerance. 1e-4 is what float32 resolves comfortably and leaves gradients
             about as accurate as the state.
-        atol: tolerance per component (root mean square), whatever the size of the state.
+        atol: tolerance per component (root mean square) in the unit of the state; 0 because that
+            unit is not known here.
         max_growth: how far the image may outgrow the problem before the guard acts; under a loose
             rtol less, max(0.1 / rtol, 2), so that what is accepted is a reduction. 100 is what a
             contraction factor of 0.99 needs; beyond, up to what the dtype resolves, more steps
@@ -54,7 +61,7 @@ class Residual(Termination):
     """
 
     rtol: float = 1e-4
-    atol: float = 1e-6
+    atol: float = 0.0
     max_growth: float | None = 100.0
 
     def __post_init__(self) -> None:
@@ -139,7 +146,7 @@ class ToleranceSchedule(Options):
         num_steps: training steps from one to the other.
         shape: "log" (default: the work of a solve goes with the logarithm of its tolerance) or
             "linear", which stays loose for longer.
-        atol: absolute tolerance throughout.
+        atol: absolute tolerance throughout; when to give one is said at `Residual`.
 
     Raises:
         UserError: a tolerance that is not positive, num_steps below 1, an unknown shape.
@@ -154,7 +161,7 @@ class ToleranceSchedule(Options):
     end_rtol: float
     num_steps: int
     shape: Literal["log", "linear"] = "log"
-    atol: float = 1e-6
+    atol: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("start_rtol", "end_rtol"):
