@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from equilibria import DEQ, Adjoint, Cell, Implicit, Residual, Unrolled, UserError, solve_scope
+from equilibria.layers.weight_drop import weight_drop
 from equilibria.normalizations.once_per_solve import OncePerSolve, remove_normalization
 from equilibria.normalizations.spectral_norm import spectral_norm
 from equilibria.normalizations.weight_norm import weight_norm
@@ -239,3 +242,135 @@ def test_a_spectrally_normalised_map_converges_by_plain_iteration() -> None:
     for _ in range(3):
         solution = deq(torch.randn(4, 16, dtype=torch.float64))
     assert solution.converged.all()
+
+
+# --- derivatives of weight norm ----------------------------------------------------------------
+
+
+def normalised(width: int = 3, **options: int | None) -> DEQ:
+    deq = DEQ(
+        ReadsOften(width),
+        adjoint=Implicit(rtol=1e-13, max_steps=99),
+        termination=Residual(1e-13),
+        max_steps=300,
+        on_failure="raise",
+    )
+    weight_norm(deq, **options)
+    return deq
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_second_derivatives_by_normalised_weights(dim: int | None) -> None:
+    """PyTorch's own weight norm gets them wrong."""
+    deq = normalised(dim=dim)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    names, weights = zip(*deq.named_parameters(), strict=True)
+    assert any(name.endswith("original1") for name in names)
+
+    def layer(*weights: Tensor) -> Tensor:
+        return torch.func.functional_call(deq, dict(zip(names, weights, strict=True)), (x,)).z
+
+    assert torch.autograd.gradcheck(layer, weights)
+    assert torch.autograd.gradgradcheck(layer, weights)
+
+
+def test_normalised_weights_under_function_transforms() -> None:
+    deq = normalised()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    g, v = (f"cell.hidden.parametrizations.weight.original{i}" for i in range(2))
+    values = {name: p.detach() for name, p in deq.named_parameters()}
+
+    def loss(g_value: Tensor, v_value: Tensor) -> Tensor:
+        return (
+            torch.func.functional_call(deq, values | {g: g_value, v: v_value}, (x,)).z.pow(3).sum()
+        )
+
+    at = (values[g], values[v])
+    direction = tuple(torch.randn_like(value) for value in at)
+
+    def slope(t: float) -> Tensor:
+        moved = tuple(a + t * d for a, d in zip(at, direction, strict=True))
+        gradients = torch.func.grad(loss, argnums=(0, 1))(*moved)
+        return sum((a * d).sum() for a, d in zip(gradients, direction, strict=True))
+
+    _, push = torch.func.jvp(loss, at, direction)
+    torch.testing.assert_close(push, slope(0.0))
+    blocks = torch.func.hessian(loss, argnums=(0, 1))(*at)
+    curvature = sum(
+        torch.tensordot(a, torch.tensordot(block, b, b.dim()), a.dim())
+        for row, a in zip(blocks, direction, strict=True)
+        for block, b in zip(row, direction, strict=True)
+    )
+    finite = (slope(1e-5) - slope(-1e-5)) / 2e-5
+    torch.testing.assert_close(curvature, finite, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dim", [-1, 2])
+def test_weight_norm_refuses_dimensions_that_a_weight_does_not_have(dim: int) -> None:
+    with pytest.raises(UserError, match=f"dim={dim}.*None for one length"):
+        weight_norm(nn.Linear(2, 2), dim=dim)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_the_originals_are_those_of_pytorch(dim: int | None) -> None:
+    plain = nn.Conv1d(3, 4, 2)
+    mine = copy.deepcopy(plain)
+    nn.utils.parametrizations.weight_norm(plain, dim=dim)
+    weight_norm(mine, dim=dim)
+    theirs = plain.state_dict()
+    assert list(mine.state_dict()) == list(theirs)
+    for name, value in mine.state_dict().items():
+        torch.testing.assert_close(value, theirs[name])
+    torch.testing.assert_close(mine.weight, plain.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weight_norm_loads_the_names_before_parametrisations() -> None:
+    old, mine = nn.utils.weight_norm(nn.Linear(3, 4)), nn.Linear(3, 4)
+    weight_norm(mine)
+    mine.load_state_dict(old.state_dict())
+    torch.testing.assert_close(mine.weight, old.weight)
+
+
+# --- pickling ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stabilise",
+    [weight_norm, spectral_norm, partial(spectral_norm, coefficient=0.5), weight_drop, None],
+)
+def test_normalised_layers_pickle(
+    stabilise: Callable[[nn.Module], object] | None, tmp_path: Path
+) -> None:
+    """PyTorch pickles no module with a parametrised weight."""
+    deq = layer()
+    for kind in [stabilise] if stabilise else [weight_norm, weight_drop]:
+        kind(deq.cell.hidden)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    deq(x).z.sum().backward()
+    torch.save(deq, tmp_path / "layer.pt")
+    loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
+    again = pickle.loads(pickle.dumps(loaded))
+    assert [name for name, _ in again.named_parameters()] == [n for n, _ in deq.named_parameters()]
+    for twin in (loaded, again, copy.copy(deq)):
+        torch.testing.assert_close(twin.eval()(x).z, deq.eval()(x).z, rtol=0, atol=0)
+    again(x).z.sum().backward()
+    assert all(p.grad is not None for p in again.parameters())
+    assert not torch.equal(assigned(again).weight, deq.cell.hidden.weight)
+    if stabilise in (weight_norm, spectral_norm):
+        remove_normalization(again)
+        assert type(again.cell.hidden) is nn.Linear
+
+
+def assigned(deq: DEQ) -> nn.Linear:
+    """A parametrised weight still takes what is assigned to it."""
+    deq.cell.hidden.weight = torch.randn(4, 4, dtype=torch.float64)
+    return deq.cell.hidden
+
+
+def test_recurrent_layers_with_dropped_weights_pickle() -> None:
+    lstm = nn.LSTM(3, 4)
+    weight_drop(lstm, names=("weight_hh_l0",))
+    x = torch.randn(5, 2, 3)
+    again = pickle.loads(pickle.dumps(lstm.eval()))
+    torch.testing.assert_close(again(x)[0], lstm(x)[0])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from equilibria.core.errors import UserError, nearest
+from equilibria.core.parametrized import make_picklable
 from equilibria.core.scope import once
 from equilibria.layers.variational_dropout import dropout_mask
 
@@ -62,3 +63,4 @@ def weight_drop(module: nn.Module, p: float = 0.5, names: Collection[str] = ("we
                 f"has: {', '.join(known) or 'none'})"
             )
         parametrize.register_parametrization(module, name, WeightDrop(p))
+        make_picklable(module)

@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
@@ -28,6 +27,7 @@ from equilibria.deq import DEQ, Cell
 from equilibria.layers.relative_attention import future_mask, relative_attention, sinusoids
 from equilibria.layers.variational_dropout import check_dropout, variational_mask
 from equilibria.models.config import ModelConfig, SolveConfig
+from equilibria.normalizations.weight_norm import add_weight_norm
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class DEQTransformerCell(Cell):
                 nn.init.normal_(parameter, std=config.init_std)
         if config.weight_norm:
             for layer in (self.qkv, self.output, self.expand, self.contract):
-                parametrizations.weight_norm(layer)
+                add_weight_norm(layer)
 
     def inject(self, x: Tensor, memory: Memory | None = None) -> Injection:
         """Project input (B, L, D) and memory, place positions, draw masks; once per solve."""

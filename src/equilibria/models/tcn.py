@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
@@ -28,6 +27,7 @@ from equilibria.core.parameters import check_positive_integer
 from equilibria.layers.variational_dropout import check_dropout
 from equilibria.models.config import ModelConfig
 from equilibria.models.explicit import ExplicitOutput, count_parameters, refuse_solve
+from equilibria.normalizations.weight_norm import add_weight_norm
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class CausalConvolution(nn.Module):
         self.padding = (kernel_size - 1) * dilation
         self.convolution = nn.Conv1d(width, width, kernel_size, dilation=dilation)
         nn.init.normal_(self.convolution.weight, std=init_std)
-        parametrizations.weight_norm(self.convolution)
+        add_weight_norm(self.convolution)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pad with zeros on the left only."""

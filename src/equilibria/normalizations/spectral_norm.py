@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
+from equilibria.core.parametrized import make_picklable
 from equilibria.normalizations.once_per_solve import normalize, wrap
 
 
@@ -68,5 +69,6 @@ def spectral_norm(
         if coefficient != 1.0:
             parametrize.register_parametrization(module, name, _Scaled(coefficient))
         wrap(module, name, 0)
+        make_picklable(module)
 
     return normalize(model, register, include, exclude)
