@@ -1,7 +1,8 @@
 """What other libraries get wrong, one test for each: here it is right.
 
 The defects were reproduced on the libraries themselves, or read in their sources; these tests do
-not import them. The names say whose defect it is and what was wrong.
+not import them, `test_torchdeq_defects.py` does. The names say whose defect it is and what was
+wrong.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ from equilibria import (
 from equilibria.core.state import StateError
 from equilibria.diagnostics.spectrum import spectrum
 from equilibria.layers.variational_dropout import VariationalDropout, VariationalDropout1d
+from equilibria.models.deq_transformer import DEQTransformerConfig
 from equilibria.normalizations.spectral_norm import spectral_norm
 from equilibria.normalizations.weight_norm import weight_norm
+from equilibria.tasks.generation import SamplingConfig, generate
 from equilibria.testing import Recorder, Spoiled, implicit_gradients, problem
 from equilibria.testing.dense import relative_error
 
@@ -319,6 +322,28 @@ def test_torchdeq_andersons_ridge_is_absolute() -> None:
     )
     assert bool(solution.converged.all())
     assert solution.num_evals <= 70
+
+
+@pytest.mark.parametrize("backward", [GMRES(), BiCGStab(), Anderson(), Broyden()], ids=repr)
+def test_torchdeq_mean_reduced_losses_get_poor_gradients(backward: Any) -> None:
+    """A mean over a large batch makes each cotangent small, which an absolute tolerance accepts."""
+    live = problem("tanh").differentiable()
+    solution = solve(live.f, live.z0, **(TIGHT | {"adjoint": Implicit(backward, rtol=1e-6)}))
+    rows = 2**20  # as if the samples were a few of so many
+    mean = torch.autograd.grad(
+        solution.z.sum() / rows, live.sources, retain_graph=True, materialize_grads=True
+    )
+    total = torch.autograd.grad(solution.z.sum(), live.sources)
+    assert all(torch.equal(rows * a, b) for a, b in zip(mean, total, strict=True))
+
+
+def test_torchdeq_a_compiled_solve_breaks_into_many_graphs(x: Tensor) -> None:
+    """10 to 22 breaks there, none here; `tests/interplay` has the rest."""
+    layer = DEQ(Tanh(), termination=FixedSteps(3)).double()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        explained = torch._dynamo.explain(lambda x: layer(x).z)(x)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
 def test_torchdeq_autocast_is_on_in_the_forward_pass_and_off_in_the_backward() -> None:
@@ -667,6 +692,15 @@ def test_optimistix_the_implicit_gradient_forms_the_dense_jacobian() -> None:
     assert weight.grad is not None
 
 
+def test_optimistix_has_no_anderson() -> None:
+    hard = problem("tanh")
+    num_evals = [
+        solve(hard.f, hard.z0, **(TIGHT | {"solver": solver})).num_evals
+        for solver in (Anderson(), Picard())
+    ]
+    assert num_evals[0] < 0.5 * num_evals[1]
+
+
 def test_banax_has_no_result_codes_per_sample_or_messages_for_them() -> None:
     """The best of the peers has codes; here they are per sample and say what usually helps."""
     mixed = problem("nan_outside_ball")
@@ -741,3 +775,59 @@ def test_users_bad_states_are_named_and_not_reshaped() -> None:
         solve(lambda z: z[:, :1], torch.ones(2, 3))
     with pytest.raises(UserError, match="max_steps=0"):
         solve(torch.cos, torch.ones(2, 3), max_steps=0)
+
+
+def test_users_ragged_batches_of_graphs(x: Tensor) -> None:
+    """Each graph is solved as if it were alone, in steps and in value."""
+
+    class Messages(Tanh):
+        def inject(self, x: Tensor, graph: Tensor) -> Any:  # type: ignore[override]
+            same = (graph[:, None] == graph).to(x)
+            return same / same.sum(1, keepdim=True), self.input(x)
+
+        def initial_state(self, injection: Any) -> Tensor:
+            return torch.zeros_like(injection[1])
+
+        def forward(self, z: Tensor, injection: Any) -> Tensor:
+            return super().forward(injection[0] @ z, injection[1])
+
+    layer, graph = DEQ(Messages(), **TIGHT).double(), torch.tensor([1, 0, 1, 1])
+    together = layer(x, graph, segments=graph)
+    assert together.status.shape == (2,)
+    for number in (0, 1):
+        rows = graph == number
+        alone = layer(x[rows], graph[rows], batch_dims=0)
+        assert alone.num_steps[0] == together.num_steps[number]
+        torch.testing.assert_close(together.z[rows], alone.z, rtol=1e-10, atol=1e-12)
+
+
+def test_users_pretrain_unrolled_and_go_on_with_equilibria(x: Tensor) -> None:
+    """The same layer and parameters; only the settings of the call differ."""
+    layer, target = DEQ(Tanh()).double(), torch.full((4, 6), 0.3, dtype=torch.float64)
+    unrolled = SolveSettings(Picard(), FixedSteps(3), Unrolled(), max_steps=3)
+    optimizer, losses = torch.optim.Adam(layer.parameters(), lr=0.02), []
+    for step in range(40):
+        solution = layer(x, settings=unrolled if step < 20 else None)
+        assert (int(solution.num_steps.max()) == 3) == (step < 20)
+        loss = (solution.z - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[19] < 0.5 * losses[0]
+    assert losses[39] < 0.5 * losses[20] < losses[0]
+
+
+def test_users_generate_with_kept_keys_and_values() -> None:
+    """A new token is a solve of one position; what it attends to is projected once per solve."""
+    sizes: list[tuple[int, int]] = []
+    model = DEQTransformerConfig(d_model=8, num_heads=2, d_inner=16).build(5).double()
+
+    def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        z, injection = arguments
+        sizes.append((z.shape[1], injection.memory_k.shape[1]))
+
+    model.cell.register_forward_pre_hook(note)
+    generate(model, torch.tensor([3, 1, 4]), 10, SamplingConfig(num_tokens=3))
+    assert list(dict.fromkeys(sizes)) == [(3, 0), (1, 3), (1, 4)]
+    # `tests/tasks/test_generation.py`: the text is that of solving everything anew
