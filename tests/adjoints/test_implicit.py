@@ -22,6 +22,8 @@ from equilibria import (
     UserError,
     solve,
 )
+from equilibria.linear.bicgstab import BiCGStab
+from equilibria.linear.neumann import Neumann
 
 FORWARD = [Picard(), Anderson(), Broyden()]
 BACKWARD = [*FORWARD, GMRES(), GMRES(restart=4), FixedPoint(Anderson(history_size=8))]
@@ -302,6 +304,41 @@ def test_an_infinite_derivative_is_reported():
 
 
 @pytest.mark.parametrize(
+    ("solver", "status"),
+    [
+        (BiCGStab(), Status.STALLED),
+        (GMRES(restart=1), Status.STALLED),
+        (GMRES(), Status.MAX_STEPS),
+    ],
+    ids=repr,
+)
+def test_a_backward_solve_that_gets_nowhere_leaves_the_one_step_gradient(solver, status):
+    """I - J turns by a right angle: one product with b says nothing about the solution."""
+    matrix = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
+    c = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    adjoint = Implicit(solver, max_steps=1 if solver == GMRES() else 50)
+    solution = solve(
+        lambda z: z @ matrix + c, torch.zeros(2, 2).double(), adjoint=adjoint, on_failure="ignore"
+    )
+    g = torch.randn(2, 2, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(solution.z, c, g)
+    assert torch.equal(gradient, g)
+    report = solution.backward.result
+    assert report.status.tolist() == [status] * 2
+    torch.testing.assert_close(report.relative_residual, torch.full((2,), 2.0).double().sqrt())
+
+
+@pytest.mark.parametrize("solver", [GMRES(), BiCGStab(), Neumann(), Anderson()], ids=repr)
+def test_a_tolerance_that_zero_would_meet_gives_no_gradient_of_zero(solver):
+    c = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    solution = solve(
+        lambda z: 0.5 * torch.tanh(z) + c, torch.zeros_like(c), adjoint=Implicit(solver, atol=1e3)
+    )
+    (gradient,) = torch.autograd.grad(solution.z.sum(), c)
+    assert ((gradient > 0.9) & (gradient < 2.1)).all()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"solver": Broyden}, "neither a fixed-point solver nor a linear"),
@@ -309,6 +346,7 @@ def test_an_infinite_derivative_is_reported():
         ({"rtol": -1e-3}, "rtol=-0.001"),
         ({"atol": float("nan")}, "atol=nan"),
         ({"rtol": 0.0}, "both 0"),
+        ({"rtol": 1.0}, "rtol=1.0 .*gradient of zero.*less than 1"),
         ({"max_steps": 2.5}, "max_steps=2.5"),
         ({"max_steps": 0}, "max_steps=0"),
     ],

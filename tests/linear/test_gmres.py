@@ -27,3 +27,21 @@ def test_an_exhausted_space_takes_nothing_off_the_residual() -> None:
     assert (result.status == Status.MAX_STEPS).all()
     assert result.trace is not None
     torch.testing.assert_close(result.trace, torch.ones_like(result.trace))
+
+
+def test_cycles_that_gain_nothing_have_stalled() -> None:
+    """More of them would not help, as more steps of the first one would."""
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    b = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+
+    def solved(restart: int, max_steps: int) -> Status:
+        result = GMRES(restart).solve(
+            lambda u: u - u @ turn, b, rtol=1e-6, atol=0.0, max_steps=max_steps
+        )
+        assert result.num_steps[0] <= 2
+        return Status(int(result.status[0]))
+
+    assert solved(1, 50) == Status.STALLED
+    assert "larger restart" in Status.STALLED.message
+    assert solved(2, 1) == Status.MAX_STEPS
+    assert solved(2, 50) == Status.SUCCESS

@@ -62,8 +62,8 @@ class Implicit(Adjoint):
             stays relative to the cotangent, so the gradient is as exact as without.
 
     Raises:
-        UserError: a solver of neither kind, a negative tolerance, max_steps below 1, a warm start
-            that remembers nothing.
+        UserError: a solver of neither kind, a negative tolerance, rtol of 1 or more, max_steps
+            below 1, a warm start that remembers nothing.
 
     References:
         Bai, Kolter and Koltun, Deep Equilibrium Models, arXiv 1909.01377, theorem 1.
@@ -87,6 +87,12 @@ class Implicit(Adjoint):
         check_not_negative("atol", self.atol)
         if self.rtol == self.atol == 0.0:
             raise UserError("rtol and atol of Implicit are both 0; give at least one")
+        if self.rtol >= 1.0:
+            raise UserError(
+                f"rtol={self.rtol} of Implicit accepts a gradient of zero, whose residual is the "
+                "cotangent itself; give less than 1, for example 1e-2, or use adjoint=OneStep(), "
+                "which needs no tolerance"
+            )
         check_positive_integer("max_steps", self.max_steps)
         if self.warm_start is not None and not (
             isinstance(self.warm_start, WarmStart) and self.warm_start.recalls  # pyright: ignore[reportUnnecessaryIsInstance]

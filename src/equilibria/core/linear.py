@@ -57,7 +57,9 @@ class LinearSolver(Options, ABC):
 
         Relative to b and not to u: on a singular system u grows without bound, and a residual
         relative to it would call that a success. Scaling b scales u and changes nothing else.
-        Success is claimed only where the dtype can resolve the tolerance at the size of u.
+        Success is claimed only where the dtype can resolve the tolerance at the size of u. Zero is
+        never returned for b != 0, however loose the tolerance: it would pass for a gradient of
+        zero. Where no better u was found, it is b, the one-step direction.
 
         `guess` (B, D) is what u may be like, up to its scale, if anything is known: the solution
         of a similar system. It is taken for what it is worth (see `start_from`): whatever it is,
@@ -85,6 +87,14 @@ def start_from(a: Callable[[Tensor], Tensor], b: Tensor, guess: Tensor) -> tuple
     u = factor * guess
     useful = torch.isfinite(u).all(1, keepdim=True) & torch.isfinite(share)
     return torch.where(useful, u, 0.0), torch.where(useful, b - share * unit, b)
+
+
+def gained_nothing(norm: Tensor, before: Tensor) -> Tensor:
+    """Mask (B,) of the residuals that are, but for rounding, no smaller than `before`, which is.
+
+    Of u = 0 the residual is b, so a u that leaves as much is worth no more than zero.
+    """
+    return (norm >= before * (1.0 - 100 * torch.finfo(norm.dtype).eps)) & (before > 0)
 
 
 def scaled_to_one(b: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,8 @@ _MESSAGES = {
     ),
     Status.STALLED: (
         "the residual stopped improving; the tolerance may be below what the dtype can resolve, "
-        "or the solver needs another method (Broyden, or a smaller relaxation)"
+        "or another method is needed: Broyden, a smaller relaxation, or GMRES with a larger "
+        "restart for the backward solve"
     ),
     Status.DIVERGED: (
         "the residual grew; the map is probably not contractive near this point (try Broyden, a "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from equilibria.core.iterate import rms
-from equilibria.core.linear import LinearResult, LinearSolver, start_from
+from equilibria.core.linear import LinearResult, LinearSolver, gained_nothing, start_from
 from equilibria.core.status import RUNNING, Status
 
 
@@ -44,6 +44,7 @@ class BiCGStab(LinearSolver):
         book.enter(u, r, 0)
         shadow, p = r, r
         rho = _dot(shadow, r)
+        fresh = torch.ones_like(rho, dtype=torch.bool)  # p is r, as at the start
         for step in range(2, max_steps + 1, 2):
             if not bool(book.running.any()):
                 break
@@ -59,7 +60,9 @@ class BiCGStab(LinearSolver):
             previous, rho = rho, _dot(shadow, r)
             beta = _ratio(rho, previous) * _ratio(alpha, omega)
             p = torch.where(active, r + beta * (p - omega * v), p)
-            book.enter(u, r, step)
+            moved = (alpha != 0) | (omega != 0)
+            book.enter(u, r, step, stuck=(fresh & ~moved).squeeze(1))
+            fresh = ~moved
         # The recurrence drifts from the truth by rounding: report the residual of what is returned.
         true_norm = rms(a(book.best) + b - book.best)
         return book.result(true_norm, num_evals + 1, trace)
@@ -70,7 +73,8 @@ class _Book:
 
     def __init__(self, b: Tensor, tolerance: Tensor) -> None:
         self._tolerance = tolerance
-        self._scale = rms(b).clamp_min(torch.finfo(b.dtype).tiny)
+        self._b_norm = rms(b)
+        self._scale = self._b_norm.clamp_min(torch.finfo(b.dtype).tiny)
         self.best = b  # the one-step gradient, should nothing finite be found
         self._norm = torch.full_like(tolerance, torch.inf)
         self._status = torch.full_like(tolerance, RUNNING, dtype=torch.int8)
@@ -83,16 +87,18 @@ class _Book:
         """Mask (B,) of the samples that are not done."""
         return self._status == RUNNING
 
-    def enter(self, u: Tensor, r: Tensor, step: int) -> None:
-        """Take in the point of a step, and judge it."""
+    def enter(self, u: Tensor, r: Tensor, step: int, stuck: Tensor | None = None) -> None:
+        """Take in the point of a step, and judge it; `stuck` (B,): the next would be the same."""
         norm, running = rms(r), self.running
         self._trace.append(torch.where(running, norm / self._scale, torch.nan))
-        # The zero start is no candidate: it would pass for a gradient of zero.
-        candidate = running & ((norm <= self._tolerance) | (step > 0))
+        # What is no better than zero is no candidate: it would pass for a gradient of zero.
+        candidate = running & ~gained_nothing(norm, self._b_norm)
         better = candidate & (norm < self._norm)
         self.best = torch.where(better.unsqueeze(1), u, self.best)
         self._norm = torch.where(better, norm, self._norm)
-        codes = torch.where(norm <= self._tolerance, Status.SUCCESS, RUNNING)
+        codes = torch.where(candidate & (norm <= self._tolerance), Status.SUCCESS, RUNNING)
+        if stuck is not None:
+            codes = torch.where(stuck & (codes == RUNNING), Status.STALLED, codes)
         codes = torch.where(torch.isfinite(norm), codes, Status.NONFINITE).to(torch.int8)
         done = running & (codes != RUNNING)
         self._status = torch.where(done, codes, self._status)
@@ -107,6 +113,9 @@ class _Book:
         # 10: the recurrence may be slightly optimistic at the very tolerance
         unreached = (norm > 10.0 * self._tolerance) | (limit > self._tolerance)
         status = torch.where((status == Status.SUCCESS) & unreached, Status.STALLED, status)
+        # The residual of b, where nothing better was found, is known only now.
+        lucky = (self._norm == torch.inf) & (norm <= self._tolerance)
+        status = torch.where(lucky & (status != Status.NONFINITE), Status.SUCCESS, status)
         return LinearResult(
             u=self.best,
             residual=norm,

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from equilibria.core.history import inner_products
 from equilibria.core.iterate import rms
-from equilibria.core.linear import LinearResult, LinearSolver, start_from
+from equilibria.core.linear import LinearResult, LinearSolver, gained_nothing, start_from
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.precision import widest
 from equilibria.core.status import RUNNING, Status
@@ -68,7 +68,10 @@ class GMRES(LinearSolver):
         """See `LinearSolver.solve`."""
         run = _Run(a, b, rtol, atol, guess, trace)
         while run.num_steps_made < max_steps and bool((run.status == RUNNING).any()):
-            run.cycle(min(self.restart, max_steps - run.num_steps_made))
+            size, before = min(self.restart, max_steps - run.num_steps_made), run.residual
+            run.cycle(size)
+            if size == self.restart:
+                run.give_up(before)
         return run.result()
 
 
@@ -122,9 +125,17 @@ class _Run:
             self.residual = self._a(self.u) + self._b - self.u
             self.num_evals += 1
 
+    def give_up(self, before: Tensor) -> None:
+        """Stop who gained nothing in a whole cycle, because the next one would be the same."""
+        stuck = (self.status == RUNNING) & gained_nothing(rms(self.residual), rms(before))
+        self.status = torch.where(stuck, Status.STALLED, self.status).to(torch.int8)
+        self.steps = torch.where(stuck, self.num_steps_made, self.steps)
+
     def result(self) -> LinearResult:
         """Close the books: who still runs has hit the step limit."""
-        status = torch.where(self.status == RUNNING, Status.MAX_STEPS, self.status)
+        status = self._without_zeros(
+            torch.where(self.status == RUNNING, Status.MAX_STEPS, self.status)
+        )
         lost_digits = torch.finfo(self.u.dtype).eps * rms(self.u) > self._tolerance
         status = torch.where((status == Status.SUCCESS) & lost_digits, Status.STALLED, status)
         # Without one finite product the zero start would pass for a gradient of zero; b is the
@@ -141,6 +152,22 @@ class _Run:
             trace=None if self._trace is None else torch.stack(self._trace),
         )
 
+    def _without_zeros(self, status: Tensor) -> Tensor:
+        """Give b to samples that are no better than zero, which would pass for a gradient of zero.
+
+        Costs a product where there are any.
+        """
+        useless = gained_nothing(rms(self.residual), self._target_norm)
+        useless &= status != Status.NONFINITE
+        if not bool(useless.any()):
+            return status
+        rows = useless.unsqueeze(1)
+        self.u = torch.where(rows, self._b, self.u)
+        self.residual = torch.where(rows, self._a(self.u), self.residual)
+        self.num_evals += 1
+        reached = rms(self.residual) <= self._tolerance
+        return torch.where(useless & reached, Status.SUCCESS, status)
+
     def _relative(self, norm: Tensor) -> Tensor:
         return norm / self._target_norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
@@ -152,6 +179,8 @@ class _Run:
         going = (norm > self._tolerance) & (norm < torch.inf)  # NaN is neither
         if self._all_run and bool(going.all()):
             return not norm.shape[0]
+        # Zero is no solution, however loose the tolerance.
+        going |= gained_nothing(norm, self._target_norm) & (norm < torch.inf)
         codes = torch.where(torch.isfinite(norm), Status.SUCCESS, Status.NONFINITE)
         done = (self.status == RUNNING) & ~going
         self.status = torch.where(done, codes.to(torch.int8), self.status)

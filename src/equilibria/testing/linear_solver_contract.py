@@ -246,6 +246,23 @@ class LinearSolverContract:
         plain = self.run(solver, easy.a, easy.b)
         expect_close(result.u[[0, 2, 3]], plain.u[[0, 2, 3]], "others keep u", atol=1e-12)
 
+    @pytest.mark.parametrize(
+        "limits", [{"atol": 1e3}, {"max_steps": 1}, {"max_steps": 20}], ids=str
+    )
+    def test_nothing_gained_is_no_gradient_of_zero(
+        self, solver: LinearSolver, limits: dict[str, Any]
+    ) -> None:
+        """I - A turns by a right angle, so that no multiple of b is better than zero."""
+        turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+        b = torch.tensor([[1.0, 2.0], [0.3, -0.1], [0.0, 0.0]], dtype=torch.float64)
+        result = self.run(solver, lambda u: u - u @ turn, b, **limits)
+        expect_equal((result.u != 0).any(1), (b != 0).any(1), "u is zero where b is")
+        true = rms(b - result.u @ turn)
+        expect_close(result.residual, true, "with the residual of what it is", atol=1e-9)
+        solved = result.status == Status.SUCCESS
+        allowed = limits.get("atol", 0.0) + self.rtol * rms(b)
+        expect((true <= 1.01 * allowed)[solved], "a success meets the tolerance")
+
     # --- side effects --------------------------------------------------------------------------
 
     def test_the_same_call_gives_the_same_bits(
