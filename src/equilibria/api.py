@@ -211,7 +211,15 @@ def solve_with(
 
     report = BackwardReport()
     forward = Forward(
-        problem, run, settings.on_failure, report, trace, settings.solver, {}, backward_warm
+        problem,
+        run,
+        settings.on_failure,
+        report,
+        trace,
+        settings.solver,
+        {},
+        backward_warm,
+        settings.termination.needs_sync,
     )
     if transformed:
         z, result = settings.adjoint.apply_transformed(forward)

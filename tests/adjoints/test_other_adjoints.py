@@ -16,6 +16,8 @@ from equilibria import (
     Phantom,
     Picard,
     Residual,
+    Reversible,
+    ReversibleAdjoint,
     SecondDerivativeError,
     Unrolled,
     UserError,
@@ -118,6 +120,50 @@ def test_unrolled_differentiates_the_steps_of_any_solver(
     assert gradcheck(
         lambda x, z0: deq(x, z0=z0).z, (x.requires_grad_(), z0.requires_grad_()), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("num_arrived", [1, 4])
+@pytest.mark.parametrize(
+    ("solver", "adjoint"),
+    [
+        (Picard(), Unrolled()),
+        (Anderson(), Unrolled(checkpoint=True)),
+        (Reversible(), ReversibleAdjoint()),
+    ],
+    ids=repr,
+)
+def test_samples_that_begin_within_the_tolerance_get_the_gradient_of_one_step(
+    num_arrived, solver, adjoint, make_deq, x, cotangent
+):
+    """They made no step, and so no parameter would learn anything from them."""
+    deq = make_deq(solver=solver, adjoint=adjoint, termination=Residual(2e-2), max_steps=20)
+    z0 = torch.zeros(4, 5, dtype=torch.float64)
+    z0[:num_arrived] = deq(x).z[:num_arrived].detach()
+    z0.requires_grad_()
+    sources = [*deq.parameters(), z0]
+    solution = deq(x, z0=z0)
+    assert (solution.num_steps == 0).tolist() == [i < num_arrived for i in range(4)]
+    assert torch.equal(solution.z[:num_arrived], z0[:num_arrived])
+    cotangent[num_arrived:] = 0.0
+    found = torch.autograd.grad(solution.z, sources, cotangent)
+    wanted = torch.autograd.grad(deq.cell(z0, deq.cell.inject(x)), sources, cotangent)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_solve_without_a_step_has_a_tangent_and_second_derivatives_under_unrolled():
+    a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    z0 = solve(lambda z: torch.cos(a * z), torch.ones(2, 3).double()).z.detach()
+
+    def layer(a):
+        return solve(
+            lambda z: torch.cos(a * z), z0, adjoint=Unrolled(), termination=Residual(1e-2)
+        ).z
+
+    _, push = torch.func.jvp(layer, (a.detach(),), (torch.ones_like(a.detach()),))
+    torch.testing.assert_close(push, -z0 * torch.sin(a.detach() * z0))
+    (first,) = torch.autograd.grad(layer(a).sum(), a, create_graph=True)
+    (second,) = torch.autograd.grad(first, a)
+    torch.testing.assert_close(second, -(z0.square() * torch.cos(a * z0)).sum().detach())
 
 
 @pytest.mark.parametrize("max_steps", [4, 9])

@@ -121,6 +121,7 @@ class _WayBack:
         self._problem: Problem = forward.problem
         self._start = self._problem.z0.detach().clone()  # it may be written to before backward
         self._z, self._y, self._num_steps = result.iterate.z, state.y, result.num_steps
+        self._still = (result.num_steps == 0) & (result.status == Status.SUCCESS)
         self._keep = solver.relaxation, 1.0 - solver.relaxation
         self._may_go = torch.isfinite(rms(state.y))
         start = _beginning()
@@ -152,6 +153,10 @@ class _WayBack:
                 if bool((lost & rows).any()):
                     sweep = self._sweep(g, ~lost)
                 sweep.pull(self._z, torch.where(lost.unsqueeze(1), g, 0.0))  # one step
+            still = self._still.unsqueeze(1)
+            if bool(still.any()):  # as under Unrolled
+                _, pulled = sweep.pull(self._z, torch.where(still, g, 0.0))
+                sweep.start = torch.where(still, pulled, sweep.start)
         self._report(sweep, error, lost, clock() - began)
         return sweep.start, sweep.totals
 

@@ -12,7 +12,7 @@ from equilibria.core.errors import UserError
 from equilibria.core.loop import LoopResult
 from equilibria.core.pure import TransformError, is_forward_mode
 from equilibria.core.solver import Solver
-from equilibria.core.status import enforce
+from equilibria.core.status import Status, enforce
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Unrolled(Adjoint):
     The gradient is that of the returned iterate whatever its residual, `z0` gets one too, and
     second derivatives are right. Memory grows with the number of steps. With `Picard()` and
     `FixedSteps(k)` this is a weight-tied network of k layers: shallow pre-training.
+
+    A sample that ends where it began, since that met the tolerance, has made no step to be
+    differentiated, and no parameter would get a gradient from it. It gets that of f(z0), which is
+    the same point to the tolerance: of the shallowest network there is, one layer.
 
     Args:
         checkpoint: keep only the state of each step and evaluate f again in the backward pass:
@@ -51,7 +55,8 @@ class Unrolled(Adjoint):
         """Run the solve with the graph recorded."""
         forward.problem.checkpoint = self.checkpoint
         result = forward.run()
-        return self.attach(forward, result.iterate.z), result
+        z = _with_a_step(forward, result) if forward.needs_sync else result.iterate.z
+        return self.attach(forward, z), result
 
     def apply_transformed(self, forward: Forward) -> tuple[Tensor, LoopResult]:
         """Let the transform differentiate the steps; `torch.vmap` cannot follow them.
@@ -85,3 +90,15 @@ class Unrolled(Adjoint):
     def attach(self, forward: Forward, z: Tensor) -> Tensor:
         """A copy: the iterate carries its graph already, and may be the user's own z0."""
         return z.clone()
+
+
+def _with_a_step(forward: Forward, result: LoopResult) -> Tensor:
+    """The iterate, with the gradient of its image where it is the starting point itself."""
+    z, fz = result.iterate
+    still = (result.num_steps == 0) | (result.status != Status.SUCCESS)
+    with torch.no_grad():
+        still = still & (z == forward.problem.z0).all(1) & torch.isfinite(fz).all(1)
+    if not bool(still.any()):
+        return z
+    # the value stays that of z, to the last bit: it is the one that was measured
+    return torch.where(still.unsqueeze(1), z.detach() + (fz - fz.detach()), z)

@@ -41,7 +41,8 @@ class Forward:
 
     `run` solves `problem`, or another problem given to it, with the same settings. `notes` are
     what an adjoint, which is a frozen value, wants to remember of one solve. `start` is the warm
-    start of the backward solve, if the adjoint asked for one.
+    start of the backward solve, if the adjoint asked for one. `needs_sync` tells whether the solve
+    looks at numbers; where it does not, it makes all its steps and nothing else may look either.
     """
 
     problem: Problem
@@ -52,6 +53,7 @@ class Forward:
     solver: Solver | None = None
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
     start: Start | None = None
+    needs_sync: bool = True
 
 
 class Adjoint(Options, ABC):
