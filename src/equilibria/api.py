@@ -20,7 +20,8 @@ from equilibria.core.options import Options, refuse_unknown
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.problem import Problem
 from equilibria.core.pure import is_transformed
-from equilibria.core.solution import Solution
+from equilibria.core.replay import Replay
+from equilibria.core.solution import Solution, Solved
 from equilibria.core.solver import Solver
 from equilibria.core.state import State, StateError
 from equilibria.core.status import OnFailure, check_on_failure, enforce
@@ -252,7 +253,19 @@ def solve_with(
         trace=None if result.trace is None else result.trace.relative,
         warm_started=warm_started,
         problem=problem,
+        solved=_solved(forward, result),
     )
+
+
+def _solved(forward: Forward, result: LoopResult) -> Solved | None:
+    """By what f can be recognised later; nothing that holds tensors of a transform."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return None
+    problem, (z, fz) = forward.problem, result.iterate
+    # Without a step that is z0, which is the user's to write to.
+    z = z.clone() if z is problem.z0 else z
+    replay = forward.notes.get("replay") or Replay(None, fz, problem.rounding)
+    return Solved(z.detach(), replay)
 
 
 def _check_finite(problem: Problem, settings: SolveSettings) -> None:

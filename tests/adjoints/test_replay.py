@@ -14,12 +14,16 @@ from equilibria import (
     DEQ,
     Cell,
     Implicit,
+    OneStep,
     ReplayError,
     Residual,
+    Solution,
     TransformError,
     Unrolled,
     solve,
 )
+from equilibria.regularizers.jacobian import jacobian_penalty
+from equilibria.regularizers.spectral_radius import spectral_radius
 
 TIGHT: dict[str, Any] = {
     "termination": Residual(1e-12, 0.0),
@@ -217,6 +221,57 @@ def test_a_module_that_has_changed_its_mode(x: Tensor, adjoint: Any) -> None:
     deq.train()
     with pytest.raises(ReplayError, match="another mode"):
         derive(adjoint, [z], x)
+
+
+MEASUREMENTS: list[Callable[[Solution], object]] = [
+    lambda solution: jacobian_penalty(solution),
+    lambda solution: jacobian_penalty(solution, through_state=True),
+    lambda solution: spectral_radius(solution).radius,
+    lambda solution: solution.function(solution.z),
+    lambda solution: solution.function(torch.zeros_like(solution.z)),
+]
+OF_EACH_KIND = [Implicit(rtol=1e-12), OneStep(), Unrolled()]
+
+
+@pytest.mark.parametrize("measure", MEASUREMENTS, ids=range(5))
+@pytest.mark.parametrize("adjoint", OF_EACH_KIND, ids=repr)
+def test_measurements_after_the_solve_are_of_the_function_solved(
+    x: Tensor, adjoint: Any, measure: Callable[[Solution], object]
+) -> None:
+    settings, solutions = TIGHT | {"adjoint": adjoint}, []
+    for weight in weights(2):
+        solutions.append(solve(lambda z: torch.tanh(z @ weight.T + x), x.detach(), **settings))  # noqa: B023
+    with pytest.raises(ReplayError, match="measurement.*loop variable"):
+        measure(solutions[0])
+    measure(solutions[1])
+    with torch.no_grad():  # which has no graph to measure by
+        weight.mul_(1.1)
+    with pytest.raises(ReplayError, match="written to.*optimiser"):
+        measure(solutions[1])
+
+
+def test_measurements_in_their_own_place_are_let_pass(x: Tensor) -> None:
+    """A start that is the solution is the user's to write to; so is the mode of batch norm."""
+    deq = DEQ(Normalised(), **TIGHT)
+    counted = deq.cell.norm.num_batches_tracked.clone()
+    solution = deq(x)
+    spectral_radius(solution)
+    assert deq.cell.norm.num_batches_tracked == counted + solution.num_evals
+    weight, z0 = weights()[0], torch.zeros(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        solution = solve(lambda z: torch.tanh(z @ weight.T), z0, **TIGHT)
+        z0.add_(1.0)
+    assert spectral_radius(solution).converged.all()
+
+
+def test_parameters_given_for_one_call_are_those_of_measurements(x: Tensor) -> None:
+    deq = DEQ(Tanh(), **TIGHT)
+    given = {name: 0.3 * p.detach() for name, p in deq.named_parameters()}
+    solution = torch.func.functional_call(deq, given, (x,))
+    weight, bias = given["cell.linear.weight"], given["cell.linear.bias"]
+    image = torch.tanh(solution.z @ weight.T + bias + x)
+    torch.testing.assert_close(solution.function(solution.z), image)
+    assert (spectral_radius(solution).radius < 0.2).all()  # 0.5 with the module's own
 
 
 def test_several_cotangents_at_once_are_refused_with_the_way_to_do_it(x: Tensor) -> None:

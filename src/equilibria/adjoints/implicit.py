@@ -178,6 +178,7 @@ class _FixedPointEdge:
         self._z = z
         self._taped, self._inputs = problem.tape(z)
         self._replay = Replay(problem.f, self._taped.fz, problem.rounding)
+        forward.notes.setdefault("replay", self._replay)  # the final state comes first
 
     def attach(self) -> Tensor:
         """The fixed point, carrying the implicit gradient if there is anything to give one to."""

@@ -25,15 +25,16 @@ class ReplayError(UserError):
 
 
 class Replay:
-    """One recorded evaluation, to be made again.
+    """One evaluation at a point that is known to the caller, to be made again.
 
     Modules that f closes over directly are given the parameters and buffers they had, because
     `torch.func.functional_call` exchanges them for one call only, and what an evaluation writes
     to their buffers is undone: batch norm must not count it. All else that f may depend on cannot
-    be followed, so its image is compared with the one recorded.
+    be followed, so its image is compared with the one recorded. Without f no parameters are
+    given back, which saves looking for them.
     """
 
-    def __init__(self, f: Callable[..., Any], image: Tensor, rounding: float) -> None:
+    def __init__(self, f: Callable[..., Any] | None, image: Tensor, rounding: float) -> None:
         self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (entries, dict(entries))
             for module in _modules_at_hand(f)
@@ -104,10 +105,11 @@ def _refuse_unless(same: Tensor) -> None:
 
 
 _CHANGED = (
-    "f has to be evaluated again in the backward pass and gives another result than in the solve. "
-    "Usual causes: a loop variable that f looks up late (bind it: lambda z, W=W: ...), weights "
-    "written to or exchanged since, another mode (train, eval) or configuration, randomness that "
-    "is drawn inside f"
+    "f has to be evaluated again, in the backward pass or for a measurement at the solution, and "
+    "gives another result than in the solve. Usual causes: a loop variable that f looks up late "
+    "(bind it: lambda z, W=W: ...), weights written to or exchanged since (measure before the "
+    "optimiser's step, and inside of torch.func.functional_call), another mode (train, eval) or "
+    "configuration, randomness that is drawn inside f"
 )
 
 

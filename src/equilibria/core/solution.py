@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from equilibria.core.adjoint import BackwardReport
 from equilibria.core.errors import UserError
 from equilibria.core.problem import Problem
+from equilibria.core.pure import is_transformed
+from equilibria.core.replay import Replay
 from equilibria.core.state import State
 from equilibria.core.status import Status
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The point that a solve returned, packed (B, D), and how to recognise f there later."""
+
+    z: Tensor
+    replay: Replay
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,8 @@ class Solution:
         problem: what was solved, with the masks and normalised weights of that solve, for
             regularisers and measurements at z. Keeps f and what it closes over alive as long as
             the solution; where many solutions are collected, keep their z.
+        solved: what tells whether f is still the function that was solved; None where that is not
+            known, as under transforms and in compiled code.
 
     While z carries a graph a solution cannot be pickled or deep-copied, as PyTorch refuses both
     for tensors that are no leaves; store `solution.z.detach()` and the per-sample tensors.
@@ -53,6 +66,7 @@ class Solution:
     trace: Tensor | None = None
     warm_started: Tensor | None = None
     problem: Problem | None = field(default=None, repr=False, compare=False)
+    solved: Solved | None = field(default=None, repr=False, compare=False)
 
     @property
     def converged(self) -> Tensor:
@@ -63,11 +77,22 @@ class Solution:
     def function(self) -> Callable[[State], State]:
         """The very f that was solved: same injection, masks, normalised weights and autocast.
 
+        At its first call it makes sure of that, by one more evaluation unless it is called at z.
+
         Raises:
             UserError: the solution was put together by hand and belongs to no problem.
+            ReplayError: at the first call, f has become another function since.
         """
-        problem = solved_problem(self)
-        return lambda z: problem.layout.unpack(problem.image(problem.layout.pack(z)))
+        problem, first = solved_problem(self), True
+
+        def function(z: State) -> State:
+            nonlocal first
+            packed = problem.layout.pack(z)
+            image = image_again(self, packed) if first else problem.image(packed)
+            first = False
+            return problem.layout.unpack(image)
+
+        return function
 
 
 def solved_problem(solution: Solution) -> Problem:
@@ -87,3 +112,25 @@ def solved_problem(solution: Solution) -> Problem:
             "give problem=... when making it, or use one that solve(...) or deq(...) returned"
         )
     return solution.problem
+
+
+def image_again(solution: Solution, z: Tensor) -> Tensor:
+    """f(z) on packed states (B, D), of the function that was solved.
+
+    Costs another evaluation where z is not the solution, whose image tells.
+
+    Raises:
+        UserError: the solution has no problem.
+        ReplayError: f gives another image at the solution than it did in the solve.
+    """
+    problem, solved = solved_problem(solution), solution.solved
+    if solved is None or torch.compiler.is_compiling() or is_transformed():
+        return problem.image(z)
+    with solved.replay.as_then():
+        image = problem.image(z)
+        known = image
+        if not torch.equal(z.detach(), solved.z):
+            with torch.no_grad():
+                known = problem.image(solved.z)
+    solved.replay.check(known)
+    return image

@@ -18,7 +18,7 @@ from equilibria.core.options import Options
 from equilibria.core.parameters import check_not_negative, check_positive_integer
 from equilibria.core.problem import Problem
 from equilibria.core.pure import TransformError, is_transformed
-from equilibria.core.solution import Solution, solved_problem
+from equilibria.core.solution import Solution, image_again, solved_problem
 from equilibria.core.state import Layout, State
 
 Probes = Literal["rademacher", "normal"]
@@ -160,6 +160,7 @@ def jacobian_penalty(
 
     Raises:
         UserError: an argument out of range, a solution without its problem, inference mode.
+        ReplayError: f has become another function since the solve.
         TransformError: under torch.func transforms.
 
     References:
@@ -176,7 +177,9 @@ def jacobian_penalty(
         _drawn(z, num_probes, distribution, generator) if probes is None else _given(layout, probes)
     )
     at = z if through_state and trains else z.detach().requires_grad_()
-    return _estimate(problem, at, vectors, trains=trains)
+    with torch.enable_grad():
+        taped = Iterate(at, image_again(solution, at))
+    return _estimate(layout, taped, vectors, trains=trains)
 
 
 def jacobian_penalty_at(
@@ -199,20 +202,21 @@ def jacobian_penalty_at(
     _check_mode(problem.z0)
     vectors = _drawn(problem.z0, num_probes, distribution, generator)
     at = problem.z0.detach().requires_grad_()
-    return _estimate(problem, at, vectors, trains=torch.is_grad_enabled())
-
-
-def _estimate(problem: Problem, at: Tensor, vectors: Iterable[Tensor], *, trains: bool) -> Tensor:
-    """Mean of ||v^T J||^2 / D over the vectors, all packed (B, D); `at` requires a gradient."""
     with torch.enable_grad():
         taped = Iterate(at, problem.image(at))
+    return _estimate(problem.layout, taped, vectors, trains=torch.is_grad_enabled())
+
+
+def _estimate(layout: Layout, taped: Iterate, vectors: Iterable[Tensor], *, trains: bool) -> Tensor:
+    """Mean of ||v^T J||^2 / D over the vectors, all packed (B, D); z requires a gradient."""
+    at = taped.z
     mean = at.detach().new_zeros(at.shape[0])
     if not taped.fz.requires_grad:  # f ignores z and everything else
         return mean
     product = transposed_jacobian(taped, create_graph=trains)
     with without_autocast(at.device):
         squares = [product(vector).square().sum(1) for vector in vectors]
-    return torch.stack(squares).mean(0) / _sizes(problem.layout, at)
+    return torch.stack(squares).mean(0) / _sizes(layout, at)
 
 
 def _drawn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,8 +16,8 @@ from equilibria.core.history import inner_products
 from equilibria.core.iterate import Iterate
 from equilibria.core.jacobian import transposed_jacobian
 from equilibria.core.parameters import check_not_negative, check_positive_integer
-from equilibria.core.problem import Problem
-from equilibria.core.solution import Solution, solved_problem
+from equilibria.core.problem import Map, Problem
+from equilibria.core.solution import Solution, image_again, solved_problem
 from equilibria.core.state import State
 
 
@@ -55,6 +56,10 @@ def spectral_radius(
     gradients (`OneStep`, `Phantom`) point the right way; the further above, the less a solver can
     rely on the map itself.
 
+    Raises:
+        UserError: a number out of range; inference mode.
+        ReplayError: f has become another function since the solve.
+
     Examples:
         >>> from equilibria import solve
         >>> solution = solve(torch.cos, torch.ones(1, 1, dtype=torch.float64))
@@ -63,7 +68,7 @@ def spectral_radius(
     """
     problem = solved_problem(solution)
     point = problem.layout.pack(solution.z)
-    return _spectrum(problem, point, num_vectors, num_restarts, tolerance)
+    return _spectrum(partial(image_again, solution), point, num_vectors, num_restarts, tolerance)
 
 
 def spectrum(
@@ -106,11 +111,11 @@ def spectrum(
         Saad, Numerical Methods for Large Eigenvalue Problems (2011), section 6.2.
     """
     problem = Problem(f, z, batch_dims, segments)
-    return _spectrum(problem, problem.z0, num_vectors, num_restarts, tolerance)
+    return _spectrum(problem.image, problem.z0, num_vectors, num_restarts, tolerance)
 
 
 def _spectrum(
-    problem: Problem, point: Tensor, num_vectors: int, num_restarts: int, tolerance: float
+    image: Map, point: Tensor, num_vectors: int, num_restarts: int, tolerance: float
 ) -> Spectrum:
     check_positive_integer("num_vectors", num_vectors)
     check_not_negative("num_restarts", num_restarts)
@@ -121,15 +126,15 @@ def _spectrum(
             "torch.no_grad() instead, around the solve as well"
         )
     with without_autocast(point.device):
-        return _measured(problem, point, num_vectors, num_restarts, tolerance)
+        return _measured(image, point, num_vectors, num_restarts, tolerance)
 
 
 def _measured(
-    problem: Problem, point: Tensor, num_vectors: int, num_restarts: int, tolerance: float
+    image: Map, point: Tensor, num_vectors: int, num_restarts: int, tolerance: float
 ) -> Spectrum:
     with torch.enable_grad():
         at = point.detach().requires_grad_()
-        taped = Iterate(at, problem.image(at))
+        taped = Iterate(at, image(at))
     batch, width = taped.z.shape
     if not taped.fz.requires_grad or batch * width == 0:
         zero = taped.z.new_zeros(batch)
