@@ -420,6 +420,23 @@ def test_half_precision_states(x: Tensor) -> None:
     tight = examine(lambda z: 0.5 * z + x.bfloat16(), torch.zeros(5, 3).bfloat16())
     assert "tolerance-below-dtype" in tight.causes
     assert "bfloat16" in str(tight)
+    advised = SolveSettings(termination=Residual(1e-2), adjoint=Implicit(rtol=1e-2))
+    assert examine(lambda z: 0.5 * z + x.bfloat16(), torch.zeros(5, 3).bfloat16(), advised).healthy
+
+
+def test_a_map_that_autocast_rounds(x: Tensor) -> None:
+    """Whatever the state is, what f returns is rounded."""
+
+    class Wide(Plain):
+        def initial_state(self, injection: Tensor) -> Tensor:
+            return torch.zeros_like(injection, dtype=torch.float32)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        tight = doctor(DEQ(Wide()), x)
+        loose = doctor(DEQ(Wide(), termination=Residual(1e-2)), x)
+    assert "tolerance-below-dtype" in tight.causes
+    assert "bfloat16" in str(tight)
+    assert loose.healthy, f"\n{loose}"
 
 
 @pytest.mark.parametrize("batch", [0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -214,6 +215,35 @@ def test_the_injection_may_be_half_precision_and_the_state_wide(
         solution = deq(x.float(), z0=torch.zeros(4, 5))
     assert solution.z.dtype == torch.float32
     assert solution.converged.all()
+
+
+class Projected(Watched):
+    """The cell of the README: under autocast its injection is bfloat16."""
+
+    def __init__(self, state: torch.dtype | None) -> None:
+        super().__init__()
+        self.inputs, self.state = nn.Linear(3, 6), state
+
+    def inject(self, x: Tensor) -> Tensor:
+        return self.inputs(x)
+
+    def initial_state(self, injection: Tensor) -> Tensor:
+        return torch.zeros_like(injection, dtype=self.state)
+
+
+@pytest.mark.parametrize("state", [None, torch.float32])
+def test_the_state_is_what_the_cell_says_and_f_rounds_either_way(
+    state: torch.dtype | None,
+) -> None:
+    deq, x = DEQ(Projected(state), on_failure="ignore"), torch.randn(8, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        tight = deq(x)
+        loose = deq(x, settings=replace(deq.settings, termination=Residual(1e-2)))
+    assert tight.z.dtype == loose.z.dtype == (state or torch.bfloat16)
+    assert not tight.converged.all()  # 1e-4 is beyond what f returns
+    assert tight.num_evals > 50
+    assert loose.converged.all()
+    assert loose.num_evals < 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

@@ -139,7 +139,15 @@ class Patient:
     @property
     def eps(self) -> float:
         """Relative spacing of numbers in the narrowest part of the state."""
-        return max(torch.finfo(leaf.dtype).eps for leaf in self.layout.leaves)
+        return torch.finfo(_narrowest([leaf.dtype for leaf in self.layout.leaves])).eps
+
+    @cached_property
+    def image_dtype(self) -> torch.dtype:
+        """The narrowest one that f returns or that its image is cast to."""
+        with torch.no_grad(), self._same_buffers():
+            image = pytree.tree_leaves(self.frozen(self.z0))
+        # autocast may round where the state would not
+        return _narrowest([t.dtype for t in (*image, *self.layout.leaves)])
 
 
 @contextmanager
@@ -329,10 +337,10 @@ def coupling(patient: Patient, numbers: dict[str, float]) -> list[Symptom]:
 def precision(patient: Patient, numbers: dict[str, float]) -> list[Symptom]:
     """Tolerances that the dtype of the state cannot resolve."""
     symptoms: list[Symptom] = []
-    limit = _ROUNDING * patient.eps
     rules = _residual_rules(patient.settings.termination)
     if rules and patient.start.numel():
-        symptoms += _forward_precision(patient, rules, limit)
+        symptoms += _forward_precision(patient, rules)
+    limit = _resolution(_narrowest([leaf.dtype for leaf in patient.layout.leaves]))
     adjoint = patient.settings.adjoint
     if isinstance(adjoint, Implicit) and adjoint.rtol + adjoint.atol < limit:
         symptoms.append(
@@ -354,7 +362,7 @@ def _residual_rules(termination: Termination) -> list[Residual]:
     return [termination] if isinstance(termination, Residual) else []
 
 
-def _forward_precision(patient: Patient, rules: list[Residual], limit: float) -> list[Symptom]:
+def _forward_precision(patient: Patient, rules: list[Residual]) -> list[Symptom]:
     """Tolerances out of reach, or absolute where they should be relative.
 
     One rule that holds is enough to end a solve, so what counts is the loosest.
@@ -366,15 +374,17 @@ def _forward_precision(patient: Patient, rules: list[Residual], limit: float) ->
     rule = max(rules, key=lambda rule: rule.atol + rule.rtol * size)
     asked = rule.rtol + (rule.atol / size if size > 0 else 1.0)
     numbers = f"rtol {rule.rtol:.1e}, atol {rule.atol:.1e} at images of size"
+    limit = _resolution(patient.image_dtype)
     if asked < limit:
-        dtypes = sorted({str(leaf.dtype).removeprefix("torch.") for leaf in patient.layout.leaves})
+        dtype = str(patient.image_dtype).removeprefix("torch.")
         return [
             Symptom(
                 "tolerance-below-dtype",
                 False,
-                f"a relative residual of {asked:.1e} is asked for ({numbers} {size:.1e}), but a "
-                f"state in {_listed(dtypes)} resolves about {limit:.1e}",
-                f"set rtol to at least {limit:.0e}, or keep the state in a wider dtype",
+                f"a relative residual of {asked:.1e} is asked for ({numbers} {size:.1e}), but f "
+                f"returns {dtype}, which resolves about {limit:.1e}",
+                f"set rtol to at least {limit:.0e}, or compute the last operations of the cell, "
+                "and keep the state, in a wider dtype",
             )
         ]
     # a fixed point below atol counts as zero, which is what atol is for
@@ -671,6 +681,17 @@ def _relative(difference: Tensor, reference: Tensor) -> float:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _narrowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _resolution(dtype: torch.dtype) -> float:
+    """The relative residual that an evaluation of f can be expected to reach in a dtype."""
+    eps = torch.finfo(dtype).eps
+    # half precision is computed in float32 and rounded once
+    return eps if eps > torch.finfo(torch.float32).eps else _ROUNDING * eps
 
 
 def _noise(like: Tensor, size: Tensor) -> Tensor:
