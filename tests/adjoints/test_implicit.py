@@ -16,9 +16,14 @@ from equilibria import (
     ConvergenceWarning,
     FixedPoint,
     Implicit,
+    NeumannSeries,
+    OneStep,
+    Phantom,
     Picard,
     Residual,
+    Shine,
     Status,
+    Unrolled,
     UserError,
     solve,
 )
@@ -301,6 +306,31 @@ def test_an_infinite_derivative_is_reported():
     solution = solve(lambda z: weight * z.sqrt(), torch.zeros(2, 3), on_failure="raise")
     with pytest.raises(ConvergenceError, match=r"the backward solve.*2 NONFINITE"):
         solution.z.sum().backward()
+
+
+EVERY = [Implicit(), OneStep(), Phantom(), NeumannSeries(), Shine(), Unrolled()]
+
+
+@pytest.mark.parametrize("adjoint", EVERY, ids=repr)
+@pytest.mark.parametrize(
+    "used",
+    [torch.Tensor.detach, torch.zeros_like, lambda w: torch.zeros(w.shape, dtype=w.dtype)],
+    ids=["detach", "zeros_like", "shape"],
+)
+def test_tensors_that_f_only_looks_at_give_no_graph(adjoint, used):
+    weight = (0.1 * torch.randn(4, 4, dtype=torch.float64)).requires_grad_()
+    x, zero = torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+
+    def solved(x):
+        return solve(
+            lambda z: torch.tanh(z @ used(weight) + x), zero, solver=Broyden(), adjoint=adjoint
+        ).z
+
+    assert not solved(x).requires_grad
+    z = solved(x.requires_grad_())
+    gradient, none = torch.autograd.grad(z.sum(), (x, weight), allow_unused=True)
+    assert gradient.abs().sum() > 0
+    assert none is None
 
 
 @pytest.mark.parametrize(

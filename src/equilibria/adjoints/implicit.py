@@ -14,7 +14,7 @@ from torch import Tensor
 from equilibria.core.adjoint import Adjoint, Forward, SecondDerivativeError
 from equilibria.core.autocast import without_autocast
 from equilibria.core.clock import clock
-from equilibria.core.closure import Exchange, covers, graph_position, is_nested
+from equilibria.core.closure import Exchange, covers, graph_position, is_constant, is_nested
 from equilibria.core.errors import UserError
 from equilibria.core.functional import solve_transformed
 from equilibria.core.iterate import Iterate
@@ -182,7 +182,7 @@ class _FixedPointEdge:
 
     def attach(self) -> Tensor:
         """The fixed point, carrying the implicit gradient if there is anything to give one to."""
-        if not self._inputs and covers(self._taped.fz, (self._taped.z,), 0):
+        if is_constant(self._taped.fz, self._taped.z, self._inputs):
             return self._z.clone()
         return _Implicit.apply(self._taped.fz, self._z, self, *self._inputs)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from equilibria.core.adjoint import Adjoint, AttachGraph, Forward
 from equilibria.core.clock import clock
+from equilibria.core.closure import is_constant
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import rms
 from equilibria.core.jacobian import transposed_jacobian
@@ -48,7 +49,9 @@ class NeumannSeries(Adjoint):
 
     def attach(self, forward: Forward, z: Tensor) -> Tensor:
         """Record one evaluation at z and attach the series to it."""
-        taped, _ = forward.problem.tape(z)
+        taped, inputs = forward.problem.tape(z)
+        if is_constant(taped.fz, taped.z, inputs):
+            return z.clone()
         product = transposed_jacobian(taped)
 
         def series(g: Tensor) -> Tensor:

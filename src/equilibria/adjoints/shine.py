@@ -11,6 +11,7 @@ from torch import Tensor
 from equilibria.core.adjoint import Adjoint, AttachGraph, Forward
 from equilibria.core.autocast import without_autocast
 from equilibria.core.clock import clock
+from equilibria.core.closure import is_constant
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import rms
 from equilibria.core.jacobian import transposed_jacobian
@@ -93,7 +94,9 @@ class Shine(Adjoint):
 
     def attach(self, forward: Forward, z: Tensor) -> Tensor:
         """Record one evaluation at z; for an intermediate state, too, the estimate is the final."""
-        taped, _ = forward.problem.tape(z)
+        taped, inputs = forward.problem.tape(z)
+        if is_constant(taped.fz, taped.z, inputs):
+            return z.clone()
         estimate: Map = forward.notes["estimate"]
         product = transposed_jacobian(taped)
 

@@ -31,7 +31,7 @@ class InputRecorder(TorchFunctionMode):
 
     def __init__(self, exclude: Tensor) -> None:
         super().__init__()
-        self._start = _next_sequence_number()
+        self.start = graph_position()
         self._exclude = exclude
         self._found: dict[int, Tensor] = {}
 
@@ -58,7 +58,7 @@ class InputRecorder(TorchFunctionMode):
     def _consider(self, tensor: Tensor) -> None:
         if not tensor.requires_grad or tensor is self._exclude or _is_free_point(tensor):
             return
-        if tensor.grad_fn is None or _number(tensor.grad_fn) < self._start:
+        if tensor.grad_fn is None or _number(tensor.grad_fn) < self.start:
             self._found[id(tensor)] = tensor
 
 
@@ -104,6 +104,33 @@ def is_nested(inputs: Sequence[Tensor]) -> bool:
         seen.add(node)
         waiting.extend(parent for parent, _ in node.next_functions)
     return False
+
+
+def reached(output: Tensor, inputs: Sequence[Tensor], start: int) -> tuple[Tensor, ...]:
+    """Those inputs to which the autograd graph leads: not what f only detached or looked at.
+
+    Nodes made since `start` belong to the evaluation. What lies before is searched only for what
+    they do not show, such as a weight that autocast had cast before.
+    """
+    left = {t.grad_fn or id(t) for t in inputs}
+    waiting, older, seen = [output.grad_fn], list[Node](), set[Node]()
+    while left and (waiting or older):
+        node = (waiting or older).pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # only the node of a leaf has one
+        left -= {node, id(variable)}
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        for parent in parents:
+            is_older = not hasattr(parent, "variable") and _number(parent) < start
+            (older if is_older else waiting).append(parent)
+    return tuple(t for t in inputs if (t.grad_fn or id(t)) not in left)
+
+
+def is_constant(image: Tensor, z: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether an image depends on nothing besides z that a gradient could be given to."""
+    return not inputs and covers(image, (z,), 0)
 
 
 def covers(output: Tensor, inputs: Iterable[Tensor], start: int) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from equilibria.core.autocast import Autocast
-from equilibria.core.closure import InputRecorder, free_point
+from equilibria.core.closure import InputRecorder, free_point, reached
 from equilibria.core.errors import UserError
 from equilibria.core.iterate import Iterate, Measurement, measure
 from equilibria.core.replay import SameTwice
@@ -140,7 +140,7 @@ class Problem:
                 return Iterate(free, self.image(free)), self._inputs
             with InputRecorder(exclude=free) as recorder:
                 image = self.image(free)
-            return Iterate(free, image), recorder.inputs
+            return Iterate(free, image), reached(image, recorder.inputs, recorder.start)
 
 
 def _kept(image: Tensor) -> Tensor:
