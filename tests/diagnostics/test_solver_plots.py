@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from equilibria import OneStep, Phantom, Picard, Residual, UserError, solve
+from equilibria import OneStep, Phantom, Picard, Residual, SolveSettings, UserError, solve
+from equilibria.diagnostics.doctor import Finding, Report, Severity, examine
 from equilibria.diagnostics.gradient_quality import GradientQuality, gradient_quality_of_solve
+from equilibria.diagnostics.path_independence import path_independence_of_solve
 from equilibria.diagnostics.solver_plots import (
     plot_gradient_quality,
+    plot_path_independence,
+    plot_report,
     plot_residuals,
     plot_spectrum,
 )
@@ -56,6 +60,47 @@ def test_eigenvalues(tmp_path: Path, name: str) -> None:
     given = problem(name)
     file = plot_spectrum(spectrum(given.f, given.z_star), tmp_path / "spectrum.png")
     assert png_size(file) == (1200, 750)
+
+
+@pytest.mark.parametrize("batch", [1, 12])
+def test_path_independence(tmp_path: Path, batch: int) -> None:
+    """Samples with one fixed point, with three, and with none."""
+    gain = torch.linspace(0.5, 2.5, batch).unsqueeze(1)
+    drift = (gain > 2.2).float()
+    report = path_independence_of_solve(
+        lambda z: torch.tanh(gain * z) + drift * z,
+        0.1 * torch.ones(batch, 4),
+        settings=SolveSettings(solver=Picard(), termination=Residual(1e-5), max_steps=100),
+    )
+    file = plot_path_independence(report, tmp_path / "paths.png")
+    assert png_size(file) == (1200, 750)
+    nothing = path_independence_of_solve(lambda z: z, torch.zeros(0, 2))
+    with pytest.raises(UserError, match="a batch with at least one"):
+        plot_path_independence(nothing, file)
+
+
+def finding(cause: str, severity: Severity, layer: str = "") -> Finding:
+    return Finding(cause, severity, layer, f"what was $measured$ of {cause} " * 5, "do that " * 20)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        examine(lambda z: 0.5 * z + 1.0, torch.zeros(3, 2)),
+        examine(lambda z: -1.5 * z + 1.0, torch.zeros(3, 2)),
+        Report(
+            tuple(finding(f"cause_{i}", Severity.ERROR, "first.deq") for i in range(7)),
+            {
+                "first.deq": {"spectral radius": 1.2, "zero": 0.0},
+                "second": {"spectral radius": 0.5},
+            },
+        ),
+        Report(()),
+    ],
+    ids=["healthy", "sick", "many findings and layers", "empty"],
+)
+def test_reports(tmp_path: Path, report: Report) -> None:
+    assert png_size(plot_report(report, tmp_path / "report.png")) == (1200, 750)
 
 
 def test_nothing_to_draw_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
