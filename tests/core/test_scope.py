@@ -23,6 +23,7 @@ from equilibria import (
     Phantom,
     Picard,
     Residual,
+    SolveScope,
     Unrolled,
     once,
     solve,
@@ -291,3 +292,27 @@ def test_unrolled_fixed_steps_see_one_mask() -> None:
     )
     solution.z.sum().backward()
     assert noise.num_draws == 1
+
+
+def test_a_scope_can_be_left_and_entered_again() -> None:
+    """As a backward pass does, long after the solve; each keeps its own values."""
+    first, second = SolveScope(), SolveScope()
+    with first.active():
+        value = once("key", object)
+        with second.active():
+            assert once("key", object) is not value
+        assert once("key", object) is value
+    assert once("key", object) is not value  # outside of both
+    with first.active():
+        assert once("key", object) is value
+        once("other", object)
+    assert (len(first), len(second)) == (2, 1)
+
+
+def test_a_scope_makes_values_in_the_grad_mode_it_began_in() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    recording = SolveScope()
+    with torch.no_grad():
+        silent = SolveScope()
+        assert recording.once("w", lambda: 2 * weight).requires_grad
+    assert not silent.once("w", lambda: 2 * weight).requires_grad

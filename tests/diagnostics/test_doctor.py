@@ -30,7 +30,7 @@ from equilibria import (
     Unrolled,
     UserError,
 )
-from equilibria.diagnostics.doctor import Severity, doctor, examine
+from equilibria.diagnostics.doctor import Finding, Report, Severity, doctor, examine
 
 WIDTH = 6
 
@@ -457,3 +457,24 @@ def test_nan_in_what_is_given_is_told_from_nan_in_the_map(x: Tensor) -> None:
 def test_models_without_a_layer_are_refused(x: Tensor) -> None:
     with pytest.raises(UserError, match="Linear has no DEQ layer"):
         doctor(nn.Linear(3, 3), x)
+
+
+def test_a_report_in_words() -> None:
+    once = Finding("no-gradient", Severity.WARNING, "", "weight gets none", "look for a detach")
+    there = Finding("no-gradient", Severity.WARNING, "layers.2", "bias gets none", "look again")
+    report = Report((once, there), {"": {"spectral radius": 0.5}, "layers.2": {"products": 7.0}})
+    assert not report.healthy
+    assert report.causes == ("no-gradient",)
+    assert str(report).splitlines() == [
+        "doctor: 2 findings",
+        "[warning] no-gradient",
+        "    found:  weight gets none",
+        "    advice: look for a detach",
+        "[warning] no-gradient in layers.2",
+        "    found:  bias gets none",
+        "    advice: look again",
+        "measured: spectral radius 0.5",
+        "measured in layers.2: products 7",
+    ]
+    assert Report(()).healthy
+    assert str(Report((once,))).startswith("doctor: 1 finding\n")

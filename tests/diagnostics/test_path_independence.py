@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from equilibria import DEQ, Anderson, Cell, Picard, Residual, SolveSettings
 from equilibria.diagnostics.path_independence import (
+    Arrival,
+    PathIndependence,
     path_independence,
     path_independence_of_solve,
 )
@@ -113,3 +115,21 @@ def test_a_ragged_batch_is_judged_by_problem() -> None:
         lambda z: 0.5 * torch.cos(z), torch.zeros(11, 3), segments=graph, settings=TIGHT
     )
     assert of_map.score == 1.0
+
+
+def test_scores_are_shares_of_the_pairs() -> None:
+    """Of four pairs one arrived, two elsewhere, and one nowhere, however near it is."""
+
+    def arrival(start: str, distance: list[float], converged: list[bool]) -> Arrival:
+        near = torch.tensor(distance)
+        return Arrival(start, near, 1.0 - near, torch.tensor(converged), 1e-6 * near)
+
+    report = PathIndependence(
+        (arrival("zeros", [0.0, 0.5], [True, True]), arrival("noise", [1.0, 0.0], [True, False])),
+        tolerance=0.1,
+    )
+    assert (report.score, report.different) == (0.25, 0.5)
+    assert report.alignment == pytest.approx(0.625)
+    lines = str(report).splitlines()
+    assert lines[0].startswith("path independence 25% (same fixed point), 50% reached another")
+    assert lines[3].split() == ["noise", "0.0e+00", "1.0e+00", "50%"]

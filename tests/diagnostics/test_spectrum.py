@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from equilibria.diagnostics.spectrum import spectrum
+from equilibria.diagnostics.spectrum import Spectrum, spectrum
 from equilibria.testing import PROBLEMS, FixedPointProblem, problem
 
 KNOWN = [name for name in PROBLEMS if name != "no_fixed_point"]
@@ -63,3 +63,21 @@ def test_a_tree() -> None:
 def test_nan_is_reported_as_nan() -> None:
     found = spectrum(lambda z: z.sqrt() * 0.0, torch.zeros(1, 3))
     assert bool(found.radius.isnan().all())
+
+
+def test_what_is_reported_per_sample() -> None:
+    """Outermost first, with the angle of the first; a NaN stays with its sample."""
+    slopes = torch.tensor([[0.2, -0.9, 0.5], [0.0, 0.0, 0.0], [0.1, torch.nan, 0.3]]).double()
+    found = spectrum(lambda z: slopes * z, torch.zeros_like(slopes))
+    assert isinstance(found, Spectrum)
+    torch.testing.assert_close(found.radius[:2], torch.tensor([0.9, 0.0]).double())
+    assert found.radius[2].isnan()
+    assert found.angle[0].item() == pytest.approx(math.pi)
+    assert found.converged.tolist() == [True, True, False]
+    torch.testing.assert_close(
+        found.eigenvalues[0].real.sort().values, slopes[0].sort().values, rtol=1e-9, atol=1e-12
+    )
+    sizes = found.eigenvalues[0].abs()
+    assert bool((sizes[:-1] >= sizes[1:] - 1e-12).all())
+    assert bool((found.error[:2] < 1e-6).all())
+    assert found.num_products >= 3
