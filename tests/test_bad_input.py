@@ -6,6 +6,7 @@ Settings of single methods are tested beside them; here is what concerns a solve
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -364,12 +365,91 @@ class Plain(Cell):
         return 0.5 * z + injection
 
 
+class Mixing(Plain):
+    """One whose error is that of its own product."""
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        return 0.5 * torch.tanh(self.linear(z)) + injection
+
+
 def test_a_z0_that_does_not_fit_the_cell() -> None:
     deq, x = DEQ(Plain()), torch.randn(2, 3)
     with pytest.raises(StateError, match=r"f\(z\) has shape \(2, 3\), z has \(1, 3\)"):
         deq(x, z0=torch.zeros(1, 3))
     with pytest.raises(StateError, match="is torch.float32, z is torch.bfloat16"):
         deq(x, z0=torch.zeros(2, 3).bfloat16())
+
+
+class Pair(Plain):
+    """A state of two parts, of which the second is narrow."""
+
+    def initial_state(self, injection: Tensor) -> Any:
+        return {"a": torch.zeros_like(injection), "b": torch.zeros(len(injection), 2)}
+
+    def forward(self, z: Any, injection: Tensor) -> Any:
+        return {"a": super().forward(z["a"], injection), "b": 0.5 * z["b"] + z["a"][:, :2]}
+
+
+@pytest.mark.parametrize(
+    ("cell", "z0", "message"),
+    [
+        (Mixing, torch.zeros(2, 4), r"z0 has shape \(2, 4\).* Mixing starts from \(2, 3\)"),
+        (Mixing, torch.zeros(5, 3), r"z0 has shape \(5, 3\).* Mixing starts from \(2, 3\)"),
+        (Mixing, torch.zeros(2, 3).double(), "z0 is torch.float64.*starts from torch.float32"),
+        (Mixing, [torch.zeros(2, 3)], "z0 is the tree .*list.* Mixing starts from a tensor"),
+        (Pair, torch.zeros(2, 3), "z0 is a tensor.* Pair starts from the tree .*dict"),
+        (
+            Pair,
+            {"a": torch.zeros(2, 3), "b": torch.zeros(2, 4)},
+            r"z0\['b'\] has shape \(2, 4\).* Pair starts from \(2, 2\)",
+        ),
+    ],
+    ids=str,
+)
+def test_a_z0_that_the_cell_cannot_take_says_what_it_starts_from(
+    cell: Any, z0: Any, message: str
+) -> None:
+    """Though the error is one inside of f, of a product or a missing key."""
+    with pytest.raises(StateError, match=message):
+        DEQ(cell())(torch.randn(2, 3), z0=z0)
+
+
+def test_an_error_of_the_cell_is_its_own_where_z0_fits() -> None:
+    class Broken(Plain):
+        def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+            raise KeyError("mask")
+
+    with pytest.raises(KeyError, match="mask"):
+        DEQ(Broken())(torch.randn(2, 3), z0=torch.zeros(2, 3))
+
+
+def test_a_z0_of_another_form_is_fine_where_the_cell_takes_it() -> None:
+    class Wide(Plain):
+        def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+            return 0.5 * z + injection.mean()
+
+    deq = DEQ(Wide(), on_failure="raise")
+    assert deq(torch.randn(2, 3), z0=torch.zeros(2, 7)).z.shape == (2, 7)
+
+
+def test_an_initial_state_that_is_not_finite() -> None:
+    class Spoilt(Plain):
+        def initial_state(self, injection: Tensor) -> Tensor:
+            start = torch.zeros_like(injection)
+            start[1] = torch.nan
+            return start
+
+    deq, x = DEQ(Spoilt()), torch.randn(3, 3)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with (
+            mode(),
+            pytest.raises(StateError, match=r"initial_state .* in 1 of 3 samples.*sample 1"),
+        ):
+            deq(x)
+    ignored = deq(x, settings=replace(deq.settings, on_failure="ignore"))
+    assert ignored.status.tolist() == [Status.SUCCESS, Status.NONFINITE, Status.SUCCESS]
+    with pytest.warns(ConvergenceWarning, match="the map returned NaN"):  # of another cause
+        DEQ(Plain())(torch.full((2, 3), torch.nan))
 
 
 def test_settings_given_to_a_call() -> None:

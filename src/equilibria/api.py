@@ -190,7 +190,7 @@ def solve_with(
     start = clock()
     problem = Problem(f, z0, batch_dims, segments, inputs)
     if z0_is_given:
-        _check_finite(problem, settings)
+        _check_finite(problem, settings, "z0")
     transformed = is_transformed()
     warm = backward_warm = warm_started = None
     if not transformed:  # there tensors have no numbers to remember
@@ -239,6 +239,9 @@ def solve_with(
         warm.remember(result.iterate.z, result.status, result.measurement.relative)
     # under transforms it is done where the numbers can be looked at, in one graph nowhere
     if not transformed and not torch.compiler.is_compiling():
+        if not z0_is_given and settings.on_failure != "ignore" and bool(result.status.any()):
+            # trusted until now, because to look costs a wait
+            _check_finite(problem, settings, "the initial_state of the cell")
         enforce(result.status, settings.on_failure, "the forward solve")
     return Solution(
         z=problem.layout.unpack(z),
@@ -268,7 +271,7 @@ def _solved(forward: Forward, result: LoopResult) -> Solved | None:
     return Solved(z.detach(), replay)
 
 
-def _check_finite(problem: Problem, settings: SolveSettings) -> None:
+def _check_finite(problem: Problem, settings: SolveSettings, name: str) -> None:
     """Raise StateError for a state that no solve can start at.
 
     Not where looking at numbers is impossible (compiled code, transforms) or not wanted (a solve
@@ -281,8 +284,8 @@ def _check_finite(problem: Problem, settings: SolveSettings) -> None:
         return
     first = int((~finite).nonzero()[0])
     raise StateError(
-        f"z0 holds NaN or infinity in {int((~finite).sum())} of {len(finite)} samples, the first "
-        f"of them sample {first}; start from finite numbers, such as zeros or "
+        f"{name} holds NaN or infinity in {int((~finite).sum())} of {len(finite)} samples, the "
+        f"first of them sample {first}; start from finite numbers, such as zeros or "
         'torch.nan_to_num(z0), or give on_failure="ignore" to solve the other samples'
     )
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, Never
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from equilibria.adjoints.implicit import Implicit
 from equilibria.api import SolveSettings, States, check_kind, solve_with
@@ -18,8 +21,8 @@ from equilibria.core.options import refuse_unknown
 from equilibria.core.scope import solve_scope
 from equilibria.core.solution import Solution
 from equilibria.core.solver import Solver
-from equilibria.core.state import State
-from equilibria.core.status import OnFailure
+from equilibria.core.state import State, StateError
+from equilibria.core.status import ConvergenceError, OnFailure
 from equilibria.core.termination import Termination
 from equilibria.core.warm_start import SampleIndex, WarmStart, WarmStartMemory
 from equilibria.solvers.anderson import Anderson
@@ -200,7 +203,8 @@ class DEQ(nn.Module):
             start = self.cell.initial_state(injection)
         elif settings.warm_start is not None:
             settings = replace(settings, warm_start=None)
-        return solve_with(
+        run = partial(
+            solve_with,
             lambda z: self.cell(z, injection),
             start,
             settings,
@@ -212,6 +216,15 @@ class DEQ(nn.Module):
             sample_index=sample_index,
             z0_is_given=z0 is not None,
         )
+        if z0 is None or torch.compiler.is_compiling():
+            return run()
+        try:
+            return run()
+        except ConvergenceError:
+            raise
+        except Exception as error:
+            _explain_start(z0, self.cell, injection, error)
+            raise
 
 
 def _check_names(cell: Cell) -> None:
@@ -225,6 +238,43 @@ def _check_names(cell: Cell) -> None:
                 "itself when it is called and does not pass on; give that input of inject another "
                 "name"
             )
+
+
+def _explain_start(z0: State, cell: Cell, injection: Any, error: Exception) -> None:
+    """Raise StateError where a solve failed that began at a state of another form than usual.
+
+    Only then: a cell may well take states that it does not start from itself.
+    """
+    difference = _difference(z0, cell.initial_state(injection))
+    if difference is not None:
+        given, usual = difference
+        name = type(getattr(cell, "_orig_mod", cell)).__name__
+        raise StateError(
+            f"{given}, but for these inputs {name} starts from {usual} (its initial_state); give "
+            f"a z0 of that form. The solve failed with: {error}"
+        ) from error
+
+
+def _difference(z0: State, usual: State) -> tuple[str, str] | None:
+    """The first difference in form, in words for either side."""
+    given, tree = pytree.tree_flatten_with_path(z0)
+    expected, usual_tree = pytree.tree_flatten_with_path(usual)
+    if tree != usual_tree:
+        return f"z0 is {_tree(tree)}", _tree(usual_tree)
+    for (path, leaf), (_, other) in zip(given, expected, strict=True):
+        name = f"z0{pytree.keystr(path)}"
+        if not isinstance(leaf, Tensor):
+            return None  # the error says so already
+        if leaf.shape != other.shape:
+            return f"{name} has shape {tuple(leaf.shape)}", str(tuple(other.shape))
+        if leaf.dtype != other.dtype:
+            return f"{name} is {leaf.dtype}", str(other.dtype)
+    return None
+
+
+def _tree(tree: pytree.TreeSpec) -> str:
+    """A tree on one line."""
+    return "a tensor" if tree.is_leaf() else f"the tree {' '.join(str(tree).split())}"
 
 
 def _refuse_settings(cell: Cell, inputs: dict[str, Any]) -> None:
