@@ -50,7 +50,11 @@ TERMINATIONS = st.one_of(
 )
 ADJOINTS = st.one_of(
     st.builds(
-        Implicit, SOLVERS | st.builds(FixedPoint, SOLVERS), TOLERANCES, st.floats(1e-300, 1), SIZES
+        Implicit,
+        SOLVERS | st.builds(FixedPoint, SOLVERS),
+        st.floats(0, 1, exclude_max=True),
+        st.floats(1e-300, 1),
+        SIZES,
     ),
     st.builds(Phantom, SIZES, RELAXATIONS),
     st.sampled_from([OneStep(), Unrolled()]),

@@ -41,7 +41,7 @@ SOLVERS = st.one_of(
     st.builds(Picard, st.floats(0.1, 1.9)),
 )
 ADJOINTS = st.one_of(
-    st.builds(Implicit, SOLVERS, POSITIVE, POSITIVE, COUNTS),
+    st.builds(Implicit, SOLVERS, st.floats(1e-9, 0.9), POSITIVE, COUNTS),
     st.builds(Phantom, COUNTS),
     st.sampled_from([OneStep(), Unrolled()]),
 )
