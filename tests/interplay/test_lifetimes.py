@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from equilibria import DEQ, Implicit, NeumannSeries, OneStep, Phantom, Residual, Unrolled
+from equilibria import DEQ, Implicit, NeumannSeries, OneStep, Phantom, Residual, Unrolled, solve
 from equilibria.layers.variational_dropout import VariationalDropout
 from equilibria.normalizations.weight_norm import weight_norm
 
@@ -208,3 +208,18 @@ def test_threads_do_not_see_each_other(make_deq: Callable[..., DEQ], x: Tensor) 
         thread.join()
     for number, wanted in enumerate(expected):
         torch.testing.assert_close(found[number], wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "adjoint", [Implicit(), OneStep(), Phantom(), NeumannSeries(), Unrolled()], ids=repr
+)
+def test_a_state_of_inference_mode_starts_training(adjoint: Any) -> None:
+    """Also where it is the solution already and no step is made."""
+    weight = (0.2 * torch.randn(4, 4)).requires_grad_()
+    with torch.inference_mode():
+        z0 = solve(lambda z: torch.tanh(z @ weight + 1.0), torch.zeros(3, 4)).z
+    solution = solve(lambda z: torch.tanh(z @ weight + 1.0), z0, adjoint=adjoint)
+    assert solution.num_steps.tolist() == [0] * 3
+    solution.z.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0

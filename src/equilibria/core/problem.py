@@ -73,7 +73,7 @@ class Problem:
             self.scope = scope
         self._inputs = None if inputs is None else _known_inputs(inputs)
         self.layout = Layout.of(z0, batch_dims, segments)
-        self.z0 = self.layout.pack(z0)
+        self.z0 = _usable(self.layout.pack(z0))
         self._autocast = Autocast(self.layout.device)
         self.num_evals = 0
         self._first_image: State | None = None
@@ -141,6 +141,13 @@ class Problem:
             with InputRecorder(exclude=free) as recorder:
                 image = self.image(free)
             return Iterate(free, image), reached(image, recorder.inputs, recorder.start)
+
+
+def _usable(z0: Tensor) -> Tensor:
+    """The start, copied where it comes from inference mode and may be part of a graph now."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return z0
+    return z0.clone() if z0.is_inference() else z0
 
 
 def _kept(image: Tensor) -> Tensor:
