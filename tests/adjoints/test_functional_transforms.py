@@ -630,6 +630,36 @@ def test_evaluations_are_counted_and_a_plain_solve_pays_nothing(x, weight):
     assert counted == [calls] == [steps_only + 1]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_layer_inside_of_a_solve_under_transforms(x, weight, frozen):
+    """With parameters that require a gradient, whether it is asked for or not."""
+    tight = {"termination": Residual(1e-12), "adjoint": Implicit(rtol=1e-12), "max_steps": 200}
+    linear = nn.Linear(3, 3).double().requires_grad_(not frozen)
+    with torch.no_grad():
+        linear.weight.mul_(0.3)
+
+    def layer(x, weight, inner):
+        return solve(lambda z: 0.5 * inner(z) @ weight + x, torch.zeros_like(x), **tight).z
+
+    def solved(z):
+        return solve(lambda y: torch.tanh(linear(y) + z), torch.zeros_like(z), **tight).z
+
+    def repeated(z):
+        y = torch.zeros_like(z)
+        for _ in range(60):
+            y = torch.tanh(linear(y) + z)
+        return y
+
+    def derivatives(inner):
+        return (
+            *grad(lambda x, w: layer(x, w, inner).pow(3).sum(), argnums=(0, 1))(x, weight),
+            torch.func.jvp(lambda x: layer(x, weight, inner), (x,), (x,))[1],
+            vmap(lambda x: layer(x[None], weight, inner)[0])(x),
+        )
+
+    torch.testing.assert_close(derivatives(solved), derivatives(repeated), rtol=1e-7, atol=1e-9)
+
+
 def test_transforms_are_seen_in_eager_and_in_compiled_code(x):
     compiled = torch.compile(
         lambda x: x + 1 if is_transformed() else x, fullgraph=True, backend="eager"

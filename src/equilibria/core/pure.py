@@ -260,9 +260,10 @@ def _memory(tensor: Tensor) -> int:
     """The identity of the memory that a tensor lies in, below all transforms."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
-    if tensor.layout is not torch.strided:
-        return id(tensor)  # a sparse tensor has several
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    with torch._C.DisableTorchFunction():  # an outer solve would put another tensor in its place  # pyright: ignore[reportPrivateUsage]
+        if tensor.layout is not torch.strided:
+            return id(tensor)  # a sparse tensor has several
+        return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _matters(tensor: Tensor) -> bool:
