@@ -14,6 +14,7 @@ from equilibria import (
     Broyden,
     ConvergenceError,
     ConvergenceWarning,
+    Fallback,
     FixedPoint,
     Implicit,
     NeumannSeries,
@@ -21,6 +22,7 @@ from equilibria import (
     Phantom,
     Picard,
     Residual,
+    Reversible,
     Shine,
     Status,
     Unrolled,
@@ -31,7 +33,13 @@ from equilibria.linear.bicgstab import BiCGStab
 from equilibria.linear.neumann import Neumann
 
 FORWARD = [Picard(), Anderson(), Broyden()]
-BACKWARD = [*FORWARD, GMRES(), GMRES(restart=4), FixedPoint(Anderson(history_size=8))]
+BACKWARD = [
+    *FORWARD,
+    Reversible(reconstruction_tolerance=None),
+    GMRES(),
+    GMRES(restart=4),
+    FixedPoint(Anderson(history_size=8)),
+]
 
 
 class Sensitivities:
@@ -373,6 +381,9 @@ def test_a_tolerance_that_zero_would_meet_gives_no_gradient_of_zero(solver):
     [
         ({"solver": Broyden}, "neither a fixed-point solver nor a linear"),
         ({"solver": "broyden"}, "neither a fixed-point solver nor a linear"),
+        ({"solver": Reversible()}, "Implicit.*undone.*reconstruction_tolerance=None.*GMRES"),
+        ({"solver": Fallback(Anderson(), Reversible())}, "Implicit.*reconstruction_tolerance"),
+        ({"solver": FixedPoint(Reversible()), "max_steps": 5}, "reconstruction_tolerance"),
         ({"rtol": -1e-3}, "rtol=-0.001"),
         ({"atol": float("nan")}, "atol=nan"),
         ({"rtol": 0.0}, "both 0"),

@@ -30,6 +30,8 @@ from equilibria.core.status import enforce
 from equilibria.core.warm_start import Start, WarmStart
 from equilibria.linear.fixed_point import FixedPoint
 from equilibria.linear.gmres import GMRES
+from equilibria.solvers.fallback import Fallback
+from equilibria.solvers.reversible import Reversible
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Implicit(Adjoint):
             stays relative to the cotangent, so the gradient is as exact as without.
 
     Raises:
-        UserError: a solver of neither kind, a negative tolerance, rtol of 1 or more, max_steps
-            below 1, a warm start that remembers nothing.
+        UserError: a solver of neither kind, a `Reversible` one with its guard, a negative
+            tolerance, rtol of 1 or more, max_steps below 1, a warm start that remembers nothing.
 
     References:
         Bai, Kolter and Koltun, Deep Equilibrium Models, arXiv 1909.01377, theorem 1.
@@ -83,6 +85,7 @@ class Implicit(Adjoint):
                 f"Implicit(solver={self.solver!r}) is neither a fixed-point solver nor a linear "
                 "one; give for example GMRES() or Broyden()"
             )
+        _refuse_guards(self.solver)
         check_not_negative("rtol", self.rtol)
         check_not_negative("atol", self.atol)
         if self.rtol == self.atol == 0.0:
@@ -153,6 +156,20 @@ class Implicit(Adjoint):
         forward.report.seconds += clock() - start
         enforce(result.status, forward.on_failure, what)
         return result.u
+
+
+def _refuse_guards(solver: Solver | LinearSolver) -> None:
+    """Raise UserError for a solver that would refuse the backward solve when it comes to it."""
+    if isinstance(solver, FixedPoint):
+        solver = solver.solver
+    parts = solver.solvers if isinstance(solver, Fallback) else (solver,)
+    for part in parts:
+        if isinstance(part, Reversible) and part.reconstruction_tolerance is not None:
+            raise UserError(
+                f"Implicit(solver={solver!r}) limits its steps to those that can be undone, and a "
+                "backward solve is never undone; give Reversible(reconstruction_tolerance=None), "
+                "or GMRES(), which needs the fewest products"
+            )
 
 
 class _FixedPointEdge:
