@@ -134,15 +134,26 @@ class Layout:
             return self._flatten(self.leaves[0], state)
         tensors, treespec = pytree.tree_flatten(state)
         if treespec != self.treespec:
-            raise StateError(
-                f"f returned the tree {_shown(treespec)}, its input is {_shown(self.treespec)}; "
-                "f must return a state of exactly the form of z"
-            )
+            raise StateError(self._unlike(state, treespec))
         columns = [
             self._flatten(leaf, tensor) for leaf, tensor in zip(self.leaves, tensors, strict=True)
         ]
         rows = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         return rows if self.segments is None else self.segments.pad(rows)
+
+    def _unlike(self, state: State, treespec: pytree.TreeSpec) -> str:
+        """What is wrong with a state of another tree."""
+        paths, _ = pytree.tree_flatten_with_path(state)
+        names, wanted = [pytree.keystr(path) for path, _ in paths], [x.name for x in self.leaves]
+        if names != wanted and sorted(names) == sorted(wanted):
+            return (
+                f"f returned the parts of the state in the order {', '.join(names)}, its input has "
+                f"{', '.join(wanted)}; return a dict whose keys are in the order of z"
+            )
+        return (
+            f"f returned the tree {_shown(treespec)}, its input is {_shown(self.treespec)}; "
+            "f must return a state of exactly the form of z"
+        )
 
     def unpack(self, packed: Tensor) -> State:
         """Turn a packed (B, D) tensor back into a state, each leaf in its own dtype."""
@@ -234,14 +245,13 @@ def _segments(index: Tensor, state: Tensor, batch_dims: int) -> Segments:
 
 def _order(tensor: Tensor, batch_dims: int) -> tuple[int, ...]:
     """Identity, or channels-last order when that is how the tensor lies in memory."""
-    dims = tensor.dim() - batch_dims
-    identity = tuple(range(dims))
-    if batch_dims and not tensor.is_contiguous():
+    order = tuple(range(tensor.dim()))
+    if not tensor.is_contiguous():
         if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-            return (1, 2, 0)
+            order = (0, 2, 3, 1)
         if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d):
-            return (1, 2, 3, 0)
-    return identity
+            order = (0, 2, 3, 4, 1)
+    return tuple(dim - batch_dims for dim in order[batch_dims:])
 
 
 def _autocast_explains(tensor: Tensor, wanted: torch.dtype) -> bool:
