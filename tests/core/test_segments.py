@@ -92,3 +92,11 @@ def test_bad_segments(segments, words, adjacency, x):
         solve(propagate(adjacency, x), torch.zeros_like(x), segments=segments)
     with pytest.raises(UserError, match="batch_dims"):
         solve(propagate(adjacency, x), torch.zeros_like(x), segments=INDEX, batch_dims=0)
+
+
+def test_numbers_far_beyond_the_rows_are_refused_before_they_take_memory():
+    index = torch.tensor([0, 10**8, 7])
+    with pytest.raises(UserError, match=r"100000001 problems.*3 rows.*return_inverse=True"):
+        solve(torch.cos, torch.ones(3, 2), segments=index)
+    _, index = torch.unique(index, return_inverse=True)
+    assert solve(torch.cos, torch.ones(3, 2), segments=index).status.shape == (3,)

@@ -110,6 +110,12 @@ def test_a_tree_of_states():
     torch.testing.assert_close(found, exact(lambda z: torch.tanh(z @ W.T + 0.3), flat))
 
 
+def test_problems_without_rows_do_not_lower_the_mean():
+    for index in (torch.tensor([0, 1, 1]), torch.tensor([0, 5, 5])):
+        solution = solve(lambda z: 0.5 * z + 1.0, torch.zeros(3, 2), segments=index)
+        assert JacobianRegularizer(2.0)(solution).item() == pytest.approx(2.0 * 0.25)
+
+
 def test_segments_are_problems_of_their_own():
     """The rows of a graph see each other; each graph is divided by its own size."""
     index = torch.tensor([0, 1, 1, 0, 1])

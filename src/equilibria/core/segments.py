@@ -10,6 +10,9 @@ from torch import Tensor
 from equilibria.core.errors import UserError
 from equilibria.core.precision import widest
 
+MOST_EMPTY = 10_000
+"""Problems without rows that are let pass: more of them are identities, not numbers."""
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:
@@ -23,12 +26,14 @@ class Segments:
         slots: place of every row in the padded tensor, flattened (N,).
         num_segments: number of problems (G).
         capacity: rows of the largest problem.
+        num_rows: rows of every problem (G,), 0 for those that have none.
         norm_scale: corrects a root mean square over the padded size to the true one (G,).
     """
 
     slots: Tensor
     num_segments: int
     capacity: int
+    num_rows: Tensor
     norm_scale: Tensor
 
     @staticmethod
@@ -36,7 +41,8 @@ class Segments:
         """Read a segment index (N,): any order, problems without rows allowed.
 
         Raises:
-            UserError: not one-dimensional integers of at least 0.
+            UserError: not one-dimensional integers of at least 0, or far larger ones than there
+                are rows.
         """
         no_integers = index.is_floating_point() or index.is_complex() or index.dtype == torch.bool
         if index.dim() != 1 or no_integers:
@@ -48,6 +54,13 @@ class Segments:
         if index.numel() and int(index.min()) < 0:
             raise UserError(f"segments holds {int(index.min())}; problems are numbered from 0")
         num_segments = int(index.max()) + 1 if index.numel() else 0
+        if num_segments > MOST_EMPTY + index.numel():
+            raise UserError(
+                f"segments numbers {num_segments} problems, the largest is {num_segments - 1}, for "
+                f"{index.numel()} rows, and every number takes memory whether it has rows or not; "
+                "number them without gaps: _, segments = torch.unique(segments, "
+                "return_inverse=True)"
+            )
         counts = torch.bincount(index, minlength=num_segments)
         capacity = int(counts.max()) if num_segments else 0
         # rows of a problem keep their order: its i-th row gets position i
@@ -56,7 +69,7 @@ class Segments:
         position = torch.empty_like(index)
         position[order] = torch.arange(index.numel(), device=index.device) - starts[index[order]]
         scale = (capacity / counts.clamp_min(1).to(widest(index.device))).sqrt()
-        return Segments(index * capacity + position, num_segments, capacity, scale)
+        return Segments(index * capacity + position, num_segments, capacity, counts, scale)
 
     def pad(self, rows: Tensor) -> Tensor:
         """(N, D) -> (G, capacity * D), zeros where there is no row."""

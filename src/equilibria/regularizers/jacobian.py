@@ -102,7 +102,7 @@ class JacobianRegularizer(Options):
             through_state=self.through_state,
             generator=generator,
         )
-        return weight * penalty.sum() / max(penalty.numel(), 1)  # the mean of an empty batch is NaN
+        return weight * penalty.sum() / _num_problems(solution, penalty)
 
     def weight_at(self, step: int | None = None) -> float:
         """The weight at a training step."""
@@ -242,6 +242,14 @@ def _sizes(layout: Layout, packed: Tensor) -> Tensor | int:
     width = max(packed.shape[1], 1)
     scale = layout.norm_scale
     return width if scale is None else width / scale.square()
+
+
+def _num_problems(solution: Solution, penalty: Tensor) -> Tensor | int:
+    """Those that have something in them, at least 1: the mean of an empty batch is NaN."""
+    segments = solved_problem(solution).layout.segments
+    if segments is None:
+        return max(penalty.numel(), 1)
+    return segments.num_rows.count_nonzero().clamp_min(1)
 
 
 def _known(step: int | None, why: str) -> int:
