@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from equilibria import (
     Picard,
     Residual,
     Reversible,
+    Shine,
     Solver,
     SolveSettings,
     Stagnation,
@@ -208,6 +210,33 @@ def test_step_limits(max_steps: Any) -> None:
         solve(contraction, Z0, max_steps=max_steps)
     with pytest.raises(UserError, match=f"max_steps={max_steps!r} must be an integer"):
         Implicit(max_steps=max_steps)
+
+
+def test_integers_of_numpy_count_steps() -> None:
+    settings = {"max_steps": np.int64(7), "states": np.array([2, 3]), "on_failure": "ignore"}
+    solution = solve(torch.cos, Z0, termination=Residual(1e-12), **settings)
+    assert type(SolveSettings(max_steps=np.int32(7)).max_steps) is int
+    assert len(solution.states) == 3
+    assert len(solve(torch.cos, Z0, states=np.int64(2)).states) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Picard(np.float32(0.5)), "relaxation=.*is a float32, give float"),
+        (lambda: Residual(np.float16(0.5)), "rtol=.*is a float16, give float"),
+        (lambda: Residual(torch.tensor(0.5)), "rtol=.*is a Tensor, give float"),
+        (lambda: GMRES(np.int64(5)), "restart=.*is a int64, give int"),
+        (lambda: NeumannSeries(clip="a"), "clip='a' must be a number above 0, or None.*is a str"),
+        (lambda: NeumannSeries(clip=0.0), "clip=0.0 must be a number above 0"),
+        (lambda: Shine(max_ratio="a"), "max_ratio='a' must be a number above 0"),
+    ],
+)
+def test_numbers_of_other_types_are_called_what_they_are(
+    make: Callable[[], Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf"), "1e-3", None, True])

@@ -17,7 +17,7 @@ from equilibria.core.clock import clock
 from equilibria.core.errors import UserError
 from equilibria.core.loop import Keep, LoopResult, check_limits, iterate
 from equilibria.core.options import Options, refuse_unknown
-from equilibria.core.parameters import check_positive_integer
+from equilibria.core.parameters import as_integer, check_positive_integer
 from equilibria.core.problem import Problem
 from equilibria.core.pure import is_transformed
 from equilibria.core.replay import Replay
@@ -56,6 +56,7 @@ class SolveSettings(Options):
         check_kind("solver", self.solver, Solver, "Anderson()")
         check_kind("termination", self.termination, Termination, "Residual(rtol=1e-3)")
         check_kind("adjoint", self.adjoint, Adjoint, "Implicit()")
+        object.__setattr__(self, "max_steps", as_integer(self.max_steps))
         check_limits(self.max_steps, self.keep)
         self.termination.check_limit(self.max_steps)
         check_on_failure(self.on_failure)
@@ -349,22 +350,24 @@ def _waypoints(states: States, max_steps: int) -> Callable[[], Waypoints]:
     """Makes what keeps the states wanted besides the final one, for every run of the solve."""
     if states is None:
         return AtSteps
-    if states == "all":
+    if isinstance(states, str) and states == "all":
         return partial(AtSteps, range(1, max_steps + 1))
-    if isinstance(states, int):
-        check_positive_integer("states", states)
-        return partial(EvenlySpaced, states)
-    are_steps = isinstance(states, Iterable) and not isinstance(states, str)  # pyright: ignore[reportUnnecessaryIsInstance]
-    if not are_steps or not all(isinstance(step, int) for step in states):  # pyright: ignore[reportUnnecessaryIsInstance]
+    given: Any = as_integer(states)
+    if isinstance(given, int):
+        check_positive_integer("states", given)
+        return partial(EvenlySpaced, given)
+    are_steps = isinstance(given, Iterable) and not isinstance(given, str)
+    steps: list[Any] = [as_integer(step) for step in given] if are_steps else [None]
+    if not all(isinstance(step, int) for step in steps):
         raise UserError(
             f"states={states!r} is no choice; give 'all', a number of evenly spaced states, or "
             "the steps whose states you want"
         )
-    if any(not 1 <= step <= max_steps for step in states):
+    if any(not 1 <= step <= max_steps for step in steps):
         raise UserError(
             f"states={states!r} asks for steps outside 1 to max_steps={max_steps}; there are none"
         )
-    return partial(AtSteps, set(states))
+    return partial(AtSteps, set(steps))
 
 
 def _check_steps_remain(warm: WarmStart, termination: Termination, adjoint: Adjoint) -> None:

@@ -463,7 +463,7 @@ def test_second_derivatives_and_transforms_are_refused():
         ({"refinement": 1.0}, "refinement=1.0"),
         ({"refinement": True}, "refinement=True"),
         ({"fallback": 1}, "fallback=1 of Shine must be True or False"),
-        ({"max_ratio": 0.0}, "max_ratio=0.0 of Shine must be a number above 0"),
+        ({"max_ratio": 0.0}, "max_ratio=0.0 must be a number above 0"),
         ({"max_ratio": float("nan")}, "max_ratio=nan"),
         ({"max_ratio": "1.3"}, "max_ratio='1.3'"),
     ],
@@ -471,3 +471,22 @@ def test_second_derivatives_and_transforms_are_refused():
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message):
         Shine(**options)
+
+
+def test_several_cotangents_at_once_are_refused_where_a_solve_is_needed() -> None:
+    """GMRES decides by the numbers of each, which cannot be batched afterwards."""
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    cotangents = torch.eye(6, dtype=torch.float64).view(6, 2, 3)
+
+    def gradients(refinement: int) -> Tensor:
+        z = solve(
+            lambda z: torch.tanh(0.5 * z + x),
+            torch.zeros_like(x),
+            solver=Broyden(),
+            adjoint=Shine(refinement),
+        ).z
+        return torch.autograd.grad(z, x, cotangents, is_grads_batched=True)[0]
+
+    assert gradients(0).isfinite().all()
+    with pytest.raises(TransformError, match="jacrev"):
+        gradients(1)

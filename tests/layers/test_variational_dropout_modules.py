@@ -202,3 +202,11 @@ def test_words_are_dropped_everywhere_or_nowhere() -> None:
         assert ratio[tokens == word].round(decimals=4).unique().numel() == 1
     assert set(ratio.round(decimals=4).unique().tolist()) == {0.0, 2.0}
     torch.testing.assert_close(dropout.eval()(tokens), embedding(tokens))
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_masks_under_vmap(randomness: str) -> None:
+    dropout = VariationalDropout(0.5)
+    dropped = torch.vmap(dropout, randomness=randomness)(torch.ones(8, 4, 16))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert bool((dropped == dropped[0]).all()) == (randomness == "same")

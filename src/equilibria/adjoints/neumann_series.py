@@ -10,10 +10,9 @@ from torch import Tensor
 from equilibria.core.adjoint import Adjoint, AttachGraph, Forward
 from equilibria.core.clock import clock
 from equilibria.core.closure import is_constant
-from equilibria.core.errors import UserError
 from equilibria.core.iterate import rms
 from equilibria.core.jacobian import transposed_jacobian
-from equilibria.core.parameters import check_positive_integer
+from equilibria.core.parameters import check_above_zero, check_positive_integer
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class NeumannSeries(Adjoint):
 
     def __post_init__(self) -> None:
         check_positive_integer("num_terms", self.num_terms)
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip={self.clip} must be above 0, or None for no clipping")
+        if self.clip is not None:
+            check_above_zero("clip", self.clip, "or None for no clipping")
 
     def attach(self, forward: Forward, z: Tensor) -> Tensor:
         """Record one evaluation at z and attach the series to it."""

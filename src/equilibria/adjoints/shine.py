@@ -17,6 +17,8 @@ from equilibria.core.iterate import rms
 from equilibria.core.jacobian import transposed_jacobian
 from equilibria.core.linear import scaled_to_one, times_power_of_two
 from equilibria.core.loop import LoopResult
+from equilibria.core.parameters import check_above_zero
+from equilibria.core.pure import refuse_batched
 from equilibria.core.solver import Solver
 from equilibria.linear.gmres import GMRES
 
@@ -73,8 +75,7 @@ class Shine(Adjoint):
             raise UserError(f"refinement={self.refinement!r} must be an integer of at least 0")
         if not isinstance(self.fallback, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UserError(f"fallback={self.fallback!r} of Shine must be True or False")
-        if type(self.max_ratio) not in (int, float) or not self.max_ratio > 0:
-            raise UserError(f"max_ratio={self.max_ratio!r} of Shine must be a number above 0")
+        check_above_zero("max_ratio", self.max_ratio)
 
     def check(self, solver: Solver) -> None:
         """Refuse solvers that have no estimate to share."""
@@ -101,6 +102,8 @@ class Shine(Adjoint):
         product = transposed_jacobian(taped)
 
         def backward(g: Tensor) -> Tensor:
+            if self.refinement:
+                refuse_batched(g)
             start = clock()
             with without_autocast(g.device):
                 unit, exponent = scaled_to_one(g)

@@ -21,7 +21,8 @@ def dropout_mask(like: Tensor, shape: Collection[int], probability: float) -> Te
     """Draw a mask with entries 0 or 1 / (1 - p), in the dtype and on the device of `like`."""
     keep = 1.0 - probability
     mask = torch.empty(tuple(shape), device=like.device, dtype=like.dtype)
-    return mask.bernoulli_(keep).div_(keep if keep > 0 else 1.0)
+    # Not drawn in place, which torch.vmap(randomness="different") refuses.
+    return torch.bernoulli(mask, keep).div_(keep if keep > 0 else 1.0)
 
 
 def variational_mask(like: Tensor, width: int, probability: float, training: bool) -> Tensor | None:
