@@ -2,7 +2,7 @@
 
 What a report calls SUCCESS is computed again with dense float64 algebra and has to agree within
 what tolerance and conditioning allow; everything else has to say what went wrong. The fast part
-draws a few of each, the slow part 6,500 in all.
+draws a few of each, the slow part 7,000 in all.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from equilibria import (
     Picard,
     Residual,
     Reversible,
+    ReversibleAdjoint,
+    Shine,
     Solution,
     Solver,
     Stagnation,
@@ -52,7 +54,8 @@ NUM_CASES = {
     "forward": 2400,
     "implicit": 2000,
     "approximate": 600,
-    "unrolled": 300,
+    "shine": 400,
+    "unrolled": 400,
     "linear": 800,
     "trees": 400,
 }
@@ -424,41 +427,110 @@ def test_approximate_gradients(part: str) -> None:
     )
 
 
+def check_shine(
+    problem: FixedPointProblem, solver: Solver, layout: str, adjoint: Shine, log_scale: int
+) -> None:
+    """Never too long nor NaN; refined, as near to the exact gradient as the report says."""
+    live = problem.differentiable()
+    solution = solve_for(
+        live, layout, solver=solver, termination=Residual(1e-3, 1e-3), adjoint=adjoint, max_steps=40
+    )
+    z = solution.z
+    assume(bool(torch.isfinite(z).all()))
+    g = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z.dtype)
+    g = g * 10.0**log_scale
+    (found,) = torch.autograd.grad(z, live.inputs[:1], g, materialize_grads=True)
+    assert bool(torch.isfinite(found).all())
+    matrix, slope = dense_jacobian(live, z)
+    flat_g, eps = rows(g.double()), torch.finfo(z.dtype).eps
+    length = flat_g.norm(dim=1)
+    if not adjoint.refinement:
+        assert solution.backward.result is None
+        longest = slope.abs().amax(1) * length * max(adjoint.max_ratio, 1.0)
+        assert not adjoint.fallback or bool((found.double().norm(dim=1) <= 1.001 * longest).all())
+        return
+    report = solution.backward.result
+    assert report is not None
+    system = torch.eye(matrix.shape[1], dtype=torch.float64) - matrix.mT
+    conditioning = 1.0 / torch.linalg.svdvals(system)[:, -1]
+    u = torch.linalg.solve_ex(system, flat_g)[0]
+    left = report.relative_residual.double() * length
+    # H^T, which is applied to the solution found, rounds at its own size.
+    rounding = 1e3 * eps * (1.0 + conditioning * torch.linalg.matrix_norm(system)) ** 2 * length
+    error = (found.double() - slope * u).norm(dim=1)
+    known = (report.relative_residual < 0.99) & (conditioning < 1e-2 / eps)
+    allowed = 1.01 * conditioning * left + rounding
+    assert bool((error <= allowed)[known].all()), (error, allowed)
+
+
+@in_parts
+def test_shared_estimates(part: str) -> None:
+    draw_and_check(
+        "shine",
+        part,
+        check_shine,
+        problem=problems(),
+        solver=st.builds(
+            Broyden,
+            history_size=st.sampled_from([None, 1, 3, 20]),
+            relaxation=RELAXATIONS,
+            kind=st.sampled_from(["good", "good", "bad"]),
+            line_search=st.booleans(),
+        ),
+        layout=LAYOUTS,
+        adjoint=st.builds(
+            Shine,
+            refinement=st.sampled_from([0, 0, 1, 5, 40]),
+            fallback=st.booleans(),
+            max_ratio=st.sampled_from([0.5, 1.3, 5.0]),
+        ),
+        log_scale=st.sampled_from([0, 0, -6, 4]),
+    )
+
+
 def check_unrolled(
-    problem: FixedPointProblem, solver: Solver, layout: str, num_steps: int, checkpoint: bool
+    problem: FixedPointProblem,
+    method: tuple[Solver, Unrolled | ReversibleAdjoint],
+    layout: str,
+    num_steps: int,
 ) -> None:
     """Against a difference quotient of the very steps that were made."""
+    solver, adjoint = method
 
-    def run(shift: Tensor) -> Tensor:
+    def run(shift: Tensor) -> Solution:
         return solve(
             lambda z: problem.map(z, shift, problem.inputs[1]),
             laid_out(problem.z0 + 0.1, layout if layout != "expanded" else "plain"),
             solver=solver,
-            adjoint=Unrolled(checkpoint=checkpoint),
+            adjoint=adjoint,
             termination=FixedSteps(num_steps),
             max_steps=num_steps,
             keep="last",
             on_failure="ignore",
-        ).z
+        )
 
     shift = problem.inputs[0]
     draw = torch.Generator().manual_seed(2)
     direction = torch.randn(shift.shape, dtype=torch.float64, generator=draw)
     live = shift.clone().requires_grad_()
-    z = run(live)
+    solution = run(live)
+    z = solution.z
     assume(z.numel() > 0)
     g = torch.randn(z.shape, dtype=torch.float64, generator=draw)
     (found,) = torch.autograd.grad(z, live, g, materialize_grads=True)
 
     def quotient(step: float) -> Tensor:
         with torch.no_grad():
-            change = run(shift + step * direction) - run(shift - step * direction)
+            change = run(shift + step * direction).z - run(shift - step * direction).z
         return rows(change * g).sum(1) / (2.0 * step)
 
     coarse, fine = quotient(2e-5), quotient(1e-5)
     # Where the quotient itself does not settle, the steps are not smooth there: nothing to check.
     settled = (coarse - fine).abs() <= 1e-5 * (1.0 + fine.abs())
     error = (rows(found * direction).sum(1) - fine).abs()
+    report = solution.backward.result
+    if report is not None:  # of a way back, which may say that it was lost
+        settled &= report.status == Status.SUCCESS
     assert bool((error <= 1e-3 * (1.0 + fine.abs()))[settled].all()), (error, fine)
 
 
@@ -469,10 +541,14 @@ def test_unrolled_gradients(part: str) -> None:
         part,
         check_unrolled,
         problem=problems((torch.float64,)),
-        solver=SMOOTH,
+        method=st.one_of(
+            st.tuples(SMOOTH, st.builds(Unrolled, checkpoint=st.booleans())),
+            st.tuples(
+                st.builds(Reversible, relaxation=st.floats(0.1, 0.6)), st.just(ReversibleAdjoint())
+            ),
+        ),
         layout=LAYOUTS,
         num_steps=st.integers(1, 7),
-        checkpoint=st.booleans(),
     )
 
 
