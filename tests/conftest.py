@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -15,6 +15,20 @@ from equilibria import DEQ, Cell, Implicit, Residual
 # Timings on a shared machine say nothing; the same examples on every run.
 settings.register_profile("equilibria", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("equilibria")
+
+
+@pytest.fixture(scope="module", params=["plain", "fused"])
+def steps(request: pytest.FixtureRequest) -> Generator[str]:
+    """Run the tests of a module twice: with plain steps, and with the compiled ones for the CPU.
+
+    Plain is what they are without Numba, so that must be hidden where it is installed.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr("equilibria.core.fused._is_installed", lambda package: False)
+        else:
+            pytest.importorskip("numba")
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

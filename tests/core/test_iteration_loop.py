@@ -24,6 +24,8 @@ from equilibria.core.loop import LoopResult, iterate
 from equilibria.core.problem import Problem
 from equilibria.core.status import RUNNING
 
+pytestmark = pytest.mark.usefixtures("steps")
+
 NAN = math.nan
 R, OK = RUNNING, int(Status.SUCCESS)
 

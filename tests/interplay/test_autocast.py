@@ -118,7 +118,7 @@ def test_an_autocast_around_backward_alone_does_not_reach_the_backward_solve() -
     assert torch.equal(outside.backward.result.u, inside.backward.result.u)
 
 
-@pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=str)
+@pytest.mark.parametrize("solver", [Anderson(fused=False), Broyden(fused=False)], ids=str)
 def test_the_products_of_solvers_stay_in_single_precision(solver: Any) -> None:
     deq = DEQ(Watched(), solver=solver, adjoint=Implicit(solver, max_steps=6), on_failure="ignore")
     with DtypesOfProducts() as products, torch.autocast("cpu", torch.bfloat16):

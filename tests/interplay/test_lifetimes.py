@@ -62,7 +62,9 @@ def test_reentrant_checkpointing_around_the_layer(
     inputs = x.clone().requires_grad_()
     checkpoint(lambda x: deq(x).z, inputs, use_reentrant=True).square().sum().backward()
     found = [inputs.grad, *(parameter.grad for parameter in deq.parameters())]
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    # Unrolled up to rounding: the first pass records nothing and may take compiled steps.
+    exactly = {} if adjoint == Unrolled() else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(found, expected, **exactly)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

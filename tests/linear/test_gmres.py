@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from equilibria import GMRES, Status
+
+pytestmark = pytest.mark.usefixtures("steps")
 
 
 def test_directions_stay_orthogonal_on_an_ill_conditioned_system() -> None:

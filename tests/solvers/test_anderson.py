@@ -12,6 +12,8 @@ from torch import Tensor
 
 from equilibria import Anderson, FixedSteps, Picard, Residual, solve
 
+pytestmark = pytest.mark.usefixtures("steps")
+
 
 def reference(
     f: Callable[[np.ndarray], np.ndarray],

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from equilibria import Broyden, FixedSteps, Residual, UserError, solve
 
+pytestmark = pytest.mark.usefixtures("steps")
+
 
 def reference(
     f: Callable[[Tensor], Tensor],

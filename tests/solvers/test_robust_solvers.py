@@ -28,6 +28,8 @@ from equilibria.solvers.fallback import Fallback
 from equilibria.solvers.newton_krylov import NewtonKrylov
 from equilibria.solvers.reversible import Reversible
 
+pytestmark = pytest.mark.usefixtures("steps")
+
 SOLVERS: dict[str, Solver] = {
     "anderson-I": Anderson(kind="I"),
     "anderson-I-damped": Anderson(kind="I", relaxation=0.8),

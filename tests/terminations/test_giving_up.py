@@ -27,6 +27,8 @@ from equilibria.terminations.divergence import Divergence
 from equilibria.terminations.residual import ToleranceSchedule
 from equilibria.terminations.stagnation import Stagnation
 
+pytestmark = pytest.mark.usefixtures("steps")
+
 
 def stops(rule: Termination, residuals: list[float], images: list[float] | None = None) -> int:
     """The step at which one sample that shows these norms gets its first code; -1 for never."""

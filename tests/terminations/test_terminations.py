@@ -23,6 +23,8 @@ from equilibria import (
 )
 from equilibria.core.status import RUNNING
 
+pytestmark = pytest.mark.usefixtures("steps")
+
 
 def code(rule: Residual, residual: float, image: float) -> int:
     measurement = Measurement(*torch.tensor([[residual], [image]], dtype=torch.float64))

@@ -9,6 +9,8 @@ from equilibria.linear.bicgstab import BiCGStab
 from equilibria.linear.neumann import Neumann
 from equilibria.testing.linear_solver_contract import LinearSolverContract, LinearSystem
 
+pytestmark = pytest.mark.usefixtures("steps")
+
 
 class TestGMRES(LinearSolverContract):
     def make_solver(self) -> LinearSolver:

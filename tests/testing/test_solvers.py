@@ -11,6 +11,8 @@ from equilibria.solvers.reversible import Reversible
 from equilibria.testing import FixedPointProblem
 from equilibria.testing.solver_contract import SolverContract
 
+pytestmark = pytest.mark.usefixtures("steps")
+
 NOTHING_TO_FIND = {"no_solution", "singular"}
 
 

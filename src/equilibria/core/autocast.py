@@ -6,6 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+_NOTHING = nullcontext()
+_OFF = (False, None)
+
 
 class Autocast:
     """The autocast of a device as it was when this was made, to be put back around the map.
@@ -16,6 +19,7 @@ class Autocast:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device.type
+        self._exists = torch.amp.is_autocast_available(device.type)
         self._given = _state(self._device)
 
     @property
@@ -25,8 +29,8 @@ class Autocast:
 
     def restored(self) -> AbstractContextManager[object]:
         """A block in which autocast is as it was."""
-        if _state(self._device) == self._given:
-            return nullcontext()
+        if not self._exists or _state(self._device) == self._given:
+            return _NOTHING
         enabled, dtype = self._given
         return torch.autocast(self._device, dtype, enabled=enabled)
 
@@ -39,5 +43,5 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def _state(device: str) -> tuple[bool, torch.dtype | None]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return False, None
+        return _OFF
     return True, torch.get_autocast_dtype(device)

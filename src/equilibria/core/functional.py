@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -296,7 +297,7 @@ class _PackedProblem(Problem):
             z if rounded is None else rounded(z, *self._arguments), record=record
         )
 
-    def measure(self, iterate: Iterate) -> Measurement:
+    def measure(self, iterate: Iterate, fused: ModuleType | None = None) -> Measurement:
         """Norms per sample; padding does not count."""
         return measure(iterate, self._scale)
 

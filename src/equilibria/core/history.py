@@ -38,6 +38,16 @@ class Ring:
         """Age of every filled slot, 0 for the newest."""
         return [(self.newest - slot) % self.size for slot in range(len(self))]
 
+    @property
+    def buffer(self) -> Tensor:
+        """All slots (B, size, D), for a compiled step that writes the next one itself."""
+        return self._buffer
+
+    def reserve(self) -> int:
+        """Count one more vector, which the caller writes, and return its slot."""
+        self.num_pushed += 1
+        return self.newest
+
     def clear(self) -> None:
         """Forget all vectors; their slots are written anew."""
         self.num_pushed = 0
@@ -77,6 +87,11 @@ class SmallMatrix:
 
     def __init__(self, like: Tensor, size: int) -> None:
         self._matrix = like.new_zeros(like.shape[0], size, size, dtype=widest(like.device))
+
+    @property
+    def whole(self) -> Tensor:
+        """The matrix (B, size, size), for a compiled step that writes to it."""
+        return self._matrix
 
     @property
     def dtype(self) -> torch.dtype:

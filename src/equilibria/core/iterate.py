@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from equilibria.core.fused import Shared
 
 
 class _Pair(NamedTuple):
@@ -13,7 +16,7 @@ class _Pair(NamedTuple):
     fz: Tensor
 
 
-class Iterate(_Pair):
+class Iterate(_Pair, Shared):
     """A point `z` and its image `fz = f(z)`, both packed (B, D); one never travels alone."""
 
     @property
@@ -27,16 +30,46 @@ class Iterate(_Pair):
         return kept
 
 
-class Measurement(NamedTuple):
-    """Per-sample root-mean-square norms (B,) of an iterate: of `f(z) - z` and of `f(z)`."""
-
+class _Norms(NamedTuple):
     residual: Tensor
     image: Tensor
+
+
+class Measurement(_Norms, Shared):
+    """Per-sample root-mean-square norms (B,) of an iterate: of `f(z) - z` and of `f(z)`."""
+
+    kernels: ModuleType | None = None
+    """The compiled "bookkeeping", if the norms are its own: it answers the questions, too."""
 
     @property
     def relative(self) -> Tensor:
         """`residual / image` (B,), zero where both are zero."""
         return self.residual / self.image.clamp_min(torch.finfo(self.image.dtype).tiny)
+
+    def all_go_on(self, rtol: float, atol: float, limits: Limits) -> bool:
+        """Whether every residual is above its tolerance, and no norm above its limit."""
+        if self.kernels is not None:
+            return self.kernels.all_go_on(*self.arrays, rtol, atol, *limits.arrays)
+        residual, image = self
+        tolerance = image * rtol + atol
+        # Not "<=", which a NaN would pass.
+        within = (residual <= limits.residual) & (image <= limits.image)
+        return bool((within & (residual > tolerance)).all())
+
+    def all_improve_on(self, other: Measurement) -> bool:
+        """Whether every residual is smaller than in another measurement."""
+        if self.kernels is not None:
+            return self.kernels.all_less(self.arrays[0], other.arrays[0])
+        return bool((self.residual < other.residual).all())
+
+
+class _TwoNorms(NamedTuple):
+    residual: Tensor
+    image: Tensor
+
+
+class Limits(_TwoNorms, Shared):
+    """Norms (B,) that a residual and an image are not expected to exceed."""
 
 
 def rms(x: Tensor) -> Tensor:
@@ -48,10 +81,19 @@ def rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1) * max(x.shape[-1], 1) ** -0.5
 
 
-def measure(iterate: Iterate, scale: Tensor | None = None) -> Measurement:
-    """Measure an iterate without recording gradients; `scale` (B,) corrects for padding."""
+def measure(
+    iterate: Iterate, scale: Tensor | None = None, fused: ModuleType | None = None
+) -> Measurement:
+    """Measure an iterate without recording gradients; `scale` (B,) corrects for padding.
+
+    `fused` are the compiled steps "bookkeeping", if there are any.
+    """
     with torch.no_grad():
-        measured = Measurement(rms(iterate.residual), rms(iterate.fz))
+        if fused is not None:
+            measured = Measurement(*fused.norms(*iterate.arrays).unbind())
+            measured.kernels = fused
+        else:
+            measured = Measurement(rms(iterate.residual), rms(iterate.fz))
         return measured if scale is None else Measurement(*(norm * scale for norm in measured))
 
 

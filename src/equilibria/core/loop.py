@@ -10,6 +10,7 @@ from torch import Tensor
 
 from equilibria.core.autocast import without_autocast
 from equilibria.core.errors import UserError, nearest
+from equilibria.core.fused import bookkeeping
 from equilibria.core.iterate import Iterate, Measurement, choose
 from equilibria.core.problem import Problem
 from equilibria.core.solver import Solver
@@ -87,7 +88,8 @@ def _iterate(
 ) -> LoopResult:
     taping = torch.is_grad_enabled()
     current = problem.evaluate(problem.z0)
-    measured = problem.measure(current)
+    fused = bookkeeping(current.z, solver.prefers_fused) if termination.needs_sync else None
+    measured = problem.measure(current, fused)
     ledger = _Ledger(current, measured, keep) if termination.needs_sync else _Blind(current)
     termination_state = termination.init(measured)
     solver_state = solver.init(current, max_steps)
@@ -108,7 +110,7 @@ def _iterate(
         unrecorded = step + 1 == max_steps and solver.single_evaluation
         evaluate = _Evaluator(problem, ledger.frozen, record=taping and not unrecorded)
         current, solver_state = solver.step(evaluate, current, solver_state)
-        measured = problem.measure(current)
+        measured = problem.measure(current, fused)
         waypoints.enter(step + 1, current.z)
 
     return LoopResult(
@@ -142,7 +144,7 @@ class _Ledger:
         """Take note of an iterate; whether the solve is over."""
         if codes is None and self._active is None:
             if step > 0:
-                self._take(self._better(current, measured), current, measured)
+                self._take_all(current, measured)
             return False
         codes = torch.full_like(self.status, RUNNING) if codes is None else codes
         codes = torch.where(torch.isfinite(measured.residual), codes, Status.NONFINITE)
@@ -166,6 +168,13 @@ class _Ledger:
         if self._keep == "last":
             return torch.isfinite(measured.residual)
         return measured.residual < self.measurement.residual
+
+    def _take_all(self, current: Iterate, measured: Measurement) -> None:
+        """`_take` of all samples that are better, which usually is every one."""
+        if self._keep == "best" and measured.all_improve_on(self.measurement):
+            self.kept, self.measurement = current, measured
+        else:
+            self._take(self._better(current, measured), current, measured)
 
     def _take(self, rows: Tensor, current: Iterate, measured: Measurement) -> None:
         if bool(rows.all()):  # by reference: no copy while all improve

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Literal, Protocol
 
 import torch
@@ -118,9 +119,9 @@ class Problem:
         with self.scope.active():
             return self.f(state)
 
-    def measure(self, iterate: Iterate) -> Measurement:
+    def measure(self, iterate: Iterate, fused: ModuleType | None = None) -> Measurement:
         """Norms of residual and image per sample; padding does not count."""
-        return measure(iterate, self.layout.norm_scale)
+        return measure(iterate, self.layout.norm_scale, fused)
 
     def evaluate(self, z: Tensor, *, record: bool = True) -> Iterate:
         """Pair a point with its image; `z` is first rounded to what `f` really sees."""

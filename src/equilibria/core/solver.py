@@ -32,6 +32,11 @@ class Solver(Options, ABC):
         return False
 
     @property
+    def prefers_fused(self) -> bool | None:
+        """What a solver with an option `fused` was given; None, automatic, for the others."""
+        return getattr(self, "fused", None)
+
+    @property
     def recordable(self) -> bool:
         """Whether its steps can be recorded and differentiated, as `Unrolled` does."""
         return True

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from equilibria.core.fused import as_array, kernels
 from equilibria.core.history import inner_products
 from equilibria.core.iterate import rms
 from equilibria.core.linear import LinearResult, LinearSolver, gained_nothing, start_from
@@ -41,6 +43,8 @@ class GMRES(LinearSolver):
         restart: vectors kept before starting over from the best point. Few backward systems need
             more than 40, and those that do take up to a third more products with 40 than with
             100. Lower it to bound the memory.
+        fused: the step compiled into three passes over the vectors: None (default) where that is
+            known to be faster, True or an error, False never. The same numbers up to rounding.
 
     Raises:
         UserError: restart below 1.
@@ -50,6 +54,7 @@ class GMRES(LinearSolver):
     """
 
     restart: int = 100
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         check_positive_integer("restart", self.restart)
@@ -66,7 +71,7 @@ class GMRES(LinearSolver):
         trace: bool = False,
     ) -> LinearResult:
         """See `LinearSolver.solve`."""
-        run = _Run(a, b, rtol, atol, guess, trace)
+        run = _Run(a, b, rtol, atol, guess, trace, self.fused)
         while run.num_steps_made < max_steps and bool((run.status == RUNNING).any()):
             size, before = min(self.restart, max_steps - run.num_steps_made), run.residual
             run.cycle(size)
@@ -86,8 +91,9 @@ class _Run:
         atol: float | Tensor,
         guess: Tensor | None,
         trace: bool,
+        fused: bool | None,
     ) -> None:
-        self._a, self._b = a, b
+        self._a, self._b, self._fused = a, b, fused
         self._scale = 1.0 / math.sqrt(max(b.shape[1], 1))
         self.num_evals = 0 if guess is None else 1
         self.num_steps_made = 0
@@ -105,7 +111,7 @@ class _Run:
 
     def cycle(self, size: int) -> None:
         """Build one Krylov space of at most `size` vectors and move to its best point."""
-        arnoldi = _Arnoldi(self.u, self.residual, size)
+        arnoldi = _Arnoldi(self.u, self.residual, size, self._fused)
         active, before = self.status == RUNNING, self.num_steps_made
         for _ in range(size):
             norm = arnoldi.extend(self._a)
@@ -196,7 +202,7 @@ class _Arnoldi:
     accumulated in `q_transposed`, so each step costs a fixed number of small operations.
     """
 
-    def __init__(self, u: Tensor, residual: Tensor, size: int) -> None:
+    def __init__(self, u: Tensor, residual: Tensor, size: int, fused: bool | None) -> None:
         double = widest(u.device)
         batch, room = u.shape[0], min(size, FIRST_VECTORS)
         self._u = u
@@ -211,12 +217,22 @@ class _Arnoldi:
         self._right[:, 0] = self._beta
         self._basis[:, 0] = residual * _inverse(norm).unsqueeze(1)
         self._k = 0
+        # Only for the CPU, where small operations take longest.
+        self._kernels = kernels("gmres", u, fused) if u.device.type == "cpu" else None
+        self._fused: Any = None
 
     def extend(self, a: Product) -> Tensor:
         """Add one vector and return the Euclidean norm (B,) of the best residual."""
         if self._k + 1 == self._basis.shape[1]:
             self._make_room()
         k, basis = self._k, self._basis
+        if self._kernels is not None:
+            if self._fused is None:
+                self._fused = self._kernels.Step(basis, self._q_transposed, self._r, self._right)
+            projected, norm = self._fused.extend(as_array(a(basis[:, k])), k)
+            self._hessenberg.append(projected)
+            self._k = k + 1
+            return norm
         column, remainder = _orthogonalise(a(basis[:, k]), basis[:, : k + 1])
         length = torch.linalg.vector_norm(remainder, dim=1)
         basis[:, k + 1] = remainder * _inverse(length).unsqueeze(1)
@@ -241,6 +257,7 @@ class _Arnoldi:
 
     def _make_room(self) -> None:
         """Double what is full: most systems are solved long before a restart."""
+        self._fused = None  # it belongs to the memory of before
         more = min(self._basis.shape[1], self._size + 1 - self._basis.shape[1])
         self._basis = pad(self._basis, (0, 0, 0, more))
         self._right = pad(self._right, (0, more))

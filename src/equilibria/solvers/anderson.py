@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from equilibria.core.errors import UserError, nearest
+from equilibria.core.fused import kernels
 from equilibria.core.history import Ring, SmallMatrix, inner_products
 from equilibria.core.iterate import Iterate, choose, rms
 from equilibria.core.parameters import (
@@ -34,6 +35,8 @@ class AndersonState:
         self.previous: Iterate | None = None
         self.previous_residual: Tensor | None = None
         self.guard: _Guard | None = None
+        self.fused: Any = None
+        """The compiled step on this memory, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class Anderson(Solver):
             half more until the best improves. None (default) trusts every step: detours often
             pay, and on our problem families no factor from 1 to 100 saved an evaluation, while
             factors below 10 cost some. Give 10 for a map that throws the mixing off.
+        fused: the step compiled into two passes over the history: None (default) where that is
+            known to be faster and there is no safeguard, True or an error, False never. The same
+            numbers up to rounding.
 
     Raises:
         UserError: history_size or restart below 1, negative ridge, relaxation not in (0, 2),
@@ -98,6 +104,7 @@ class Anderson(Solver):
     kind: Kind = "I"
     restart: int | None = None
     safeguard: float | None = None
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         if self.history_size is not None:
@@ -132,6 +139,8 @@ class Anderson(Solver):
         state = AndersonState(iterate, size)
         if self.safeguard is not None:
             state.guard = _Guard(iterate, size, self.safeguard)
+        else:
+            self._fuse(state, iterate.z)
         return state
 
     def step(
@@ -146,13 +155,20 @@ class Anderson(Solver):
         guard = state.guard
         if guard is not None:
             iterate = guard.back_to_best(iterate)
+        if state.previous is not None and state.image_differences.num_pushed == self.restart:
+            state.test_differences.clear()
+            state.image_differences.clear()
+        if state.previous is not None and state.fused is not None:
+            slot = state.test_differences.reserve()
+            state.image_differences.reserve()
+            filled = len(state.image_differences)
+            z = state.fused.propose(iterate, state.previous, slot, filled)
+            state.previous = iterate
+            return z, state
         residual = iterate.residual
         if state.previous is None or state.previous_residual is None:
             z = iterate.z + self.relaxation * residual
         else:
-            if state.image_differences.num_pushed == self.restart:
-                state.test_differences.clear()
-                state.image_differences.clear()
             weigh = _weights_second if self.kind == "II" else _weights_first
             gamma = weigh(state, iterate, residual, self)
             z = self._mix(state, iterate, residual, gamma)
@@ -160,6 +176,22 @@ class Anderson(Solver):
             z = guard.damp(z, iterate)
         state.previous, state.previous_residual = iterate, residual
         return z, state
+
+    def _fuse(self, state: AndersonState, like: Tensor) -> None:
+        """Have the rest of this file done in one call, where it can be."""
+        compiled = kernels("anderson", like, self.fused)
+        if compiled is None:
+            return
+        state.fused = compiled.Step(
+            state.test_differences.buffer,
+            state.image_differences.buffer,
+            state.squares.whole,
+            state.gram.whole,
+            kind=self.kind,
+            ridge=self.ridge,
+            min_angle=self.min_angle,
+            relaxation=self.relaxation,
+        )
 
     def _mix(
         self, state: AndersonState, iterate: Iterate, residual: Tensor, gamma: Tensor

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from equilibria.core.backtracking import backtrack
 from equilibria.core.errors import UserError, nearest
+from equilibria.core.fused import kernels
 from equilibria.core.history import Ring, SmallMatrix, inner_products
 from equilibria.core.iterate import Iterate
 from equilibria.core.parameters import check_positive_integer, check_relaxation
@@ -36,6 +37,8 @@ class BroydenState:
         """Where the last step led."""
         shape, device = (iterate.z.shape[0], size), iterate.z.device
         self._born = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.fused: Any = None
+        """The compiled step on this memory, if there is one."""
 
     def push(self, iterate: Iterate, previous: Iterate) -> tuple[Tensor, Tensor]:
         """Add a pair; return the vectors and image differences that are in its slot, (B, D) each.
@@ -56,6 +59,21 @@ class BroydenState:
         else:
             new = self.vectors.push_difference(iterate.residual, previous.residual, rows)
         return new, self.image_differences.push_difference(iterate.fz, previous.fz, rows)
+
+    def fuse(self, like: Tensor, fused: bool | None, relaxation: float) -> None:
+        """Have steps made in one call, where they can be."""
+        compiled = kernels("broyden", like, fused)
+        if compiled is None:
+            return
+        self.fused = compiled.Step(
+            self.vectors.buffer,
+            self.image_differences.buffer,
+            self.squares.whole,
+            self.by_images.whole,
+            self._born,
+            kind=self.kind,
+            relaxation=relaxation,
+        )
 
     def older_rows(self, squares: Tensor) -> Tensor:
         """The upper triangle by age, sample by sample: row not newer than column."""
@@ -107,6 +125,8 @@ class Broyden(Solver):
 
             and take the best of the points tried if none will do. No derivative is needed, but
             then descent is not guaranteed either. Off by default: detours often pay.
+        fused: the step compiled into two passes over the pairs: None (default) where that is
+            known to be faster, True or an error, False never. The same numbers up to rounding.
 
     Raises:
         UserError: history_size below 1, relaxation not in (0, 2), an unknown kind.
@@ -122,6 +142,7 @@ class Broyden(Solver):
     relaxation: float = 1.0
     kind: Kind = "good"
     line_search: bool = False
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         if self.history_size is not None:
@@ -143,7 +164,9 @@ class Broyden(Solver):
     def init(self, iterate: Iterate, max_steps: int) -> BroydenState:
         """Allocate the pairs, no more than the solve can fill."""
         size = min(self.history_size or max_steps, max_steps)
-        return BroydenState(iterate, size, self.kind)
+        state = BroydenState(iterate, size, self.kind)
+        state.fuse(iterate.z, self.fused, self.relaxation)
+        return state
 
     def step(
         self, evaluate: Evaluate, iterate: Iterate, state: BroydenState
@@ -155,6 +178,13 @@ class Broyden(Solver):
 
     def propose(self, iterate: Iterate, state: BroydenState) -> tuple[Tensor, BroydenState]:
         """The next point, not yet evaluated."""
+        if state.previous is not None and state.fused is not None:
+            count = state.vectors.num_pushed
+            state.vectors.reserve()
+            state.image_differences.reserve()
+            z = state.fused.propose(iterate, state.previous, count)
+            state.previous = iterate
+            return z, state
         if state.previous is None:
             target = iterate.fz
         else:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from equilibria.core.errors import UserError, nearest
-from equilibria.core.iterate import Measurement
+from equilibria.core.iterate import Limits, Measurement
 from equilibria.core.options import Options
 from equilibria.core.parameters import check_not_negative, check_positive_integer
 from equilibria.core.status import RUNNING, Status
@@ -80,22 +80,20 @@ class Residual(Termination):
                     "give at least 1, or None to switch the guard off"
                 )
 
-    def init(self, measurement: Measurement) -> _Size:
-        """Remember the size (B,) that the problem shows at its start."""
+    def init(self, measurement: Measurement) -> Limits:
+        """Remember the size (B,) that the problem shows at its start, which limits its norms."""
         size = torch.maximum(measurement.residual, measurement.image)
-        return _Size(size, size * self._credible_growth)
+        return Limits(size, size * self._credible_growth)
 
     def check(
-        self, measurement: Measurement, step: int, state: _Size
-    ) -> tuple[Tensor | None, _Size]:
+        self, measurement: Measurement, step: int, state: Limits
+    ) -> tuple[Tensor | None, Limits]:
         """SUCCESS where the criterion holds, DIVERGED where nothing can be judged any more."""
-        residual, image = measurement
-        tolerance = image * self.rtol + self.atol
-        # Not "<=", which a NaN would pass.
-        usual = (residual > tolerance) & (residual <= state.size) & (image <= state.limit)
-        if bool(usual.all()):
+        if measurement.all_go_on(self.rtol, self.atol, state):
             return None, state
+        residual, image = measurement
         if self.max_growth is None:
+            tolerance = image * self.rtol + self.atol
             codes = torch.where(residual <= tolerance, Status.SUCCESS, RUNNING)
             return codes.to(torch.int8), state
         return self._judge(residual, image, state)
@@ -108,26 +106,19 @@ class Residual(Termination):
         loose = max(0.1 / self.rtol, 2.0) if self.rtol > 0 else self.max_growth
         return min(self.max_growth, loose)
 
-    def _judge(self, residual: Tensor, image: Tensor, state: _Size) -> tuple[Tensor, _Size]:
+    def _judge(self, residual: Tensor, image: Tensor, state: Limits) -> tuple[Tensor, Limits]:
         """The whole criterion, with the guard."""
         eps, tiny = torch.finfo(image.dtype).eps, torch.finfo(image.dtype).tiny
-        grown = image > state.limit
+        grown = image > state.image
         # Written as ratios, so that no square of a large norm overflows.
-        shrink = torch.where(grown, state.limit / image.clamp_min(tiny), 1.0)
+        shrink = torch.where(grown, state.image / image.clamp_min(tiny), 1.0)
         tolerance = self.atol + self.rtol * image * shrink * shrink
         accepted = (residual <= tolerance) & (~grown | (eps * image <= tolerance))
         codes = torch.where(accepted, Status.SUCCESS, RUNNING)
-        codes = torch.where(grown & (eps * image > state.size), Status.DIVERGED, codes)
+        codes = torch.where(grown & (eps * image > state.residual), Status.DIVERGED, codes)
         # A residual seen from far away says nothing about the size of the problem.
-        size = torch.where(grown, state.size, torch.fmax(state.size, residual))
-        return codes.to(torch.int8), _Size(size, size * self._credible_growth)
-
-
-class _Size(NamedTuple):
-    """The size (B,) that a problem has shown, and the limit for its image."""
-
-    size: Tensor
-    limit: Tensor
+        size = torch.where(grown, state.residual, torch.fmax(state.residual, residual))
+        return codes.to(torch.int8), Limits(size, size * self._credible_growth)
 
 
 @dataclass(frozen=True)
