@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -11,6 +12,11 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from equilibria import DEQ, Cell, Implicit, Residual
+from equilibria.testing import solver_contract
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels then run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Timings on a shared machine say nothing; the same examples on every run.
 settings.register_profile("equilibria", deadline=None, derandomize=True, print_blob=True)
@@ -24,6 +30,7 @@ def steps(request: pytest.FixtureRequest) -> Generator[str]:
     Plain is what they are without Numba, so that must be hidden where it is installed.
     """
     with pytest.MonkeyPatch.context() as patch:
+        solver_contract._solved_once.cache_clear()  # solved with the other steps
         if request.param == "plain":
             patch.setattr("equilibria.core.fused._is_installed", lambda package: False)
         else:

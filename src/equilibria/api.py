@@ -18,7 +18,7 @@ from equilibria.core.errors import UserError
 from equilibria.core.loop import Keep, LoopResult, check_limits, iterate
 from equilibria.core.options import Options, refuse_unknown
 from equilibria.core.parameters import as_integer, check_positive_integer
-from equilibria.core.problem import Problem
+from equilibria.core.problem import Problem, Select
 from equilibria.core.pure import is_transformed
 from equilibria.core.replay import Replay
 from equilibria.core.solution import Solution, Solved
@@ -51,6 +51,7 @@ class SolveSettings(Options):
     keep: Keep = "best"
     on_failure: OnFailure = "warn"
     warm_start: WarmStart | None = None
+    compact: bool = True
 
     def __post_init__(self) -> None:
         check_kind("solver", self.solver, Solver, "Anderson()")
@@ -61,6 +62,8 @@ class SolveSettings(Options):
         self.termination.check_limit(self.max_steps)
         check_on_failure(self.on_failure)
         self.adjoint.check(self.solver)
+        if not isinstance(self.compact, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UserError(f"compact={self.compact!r} must be True or False")
         if self.warm_start is not None:
             check_kind("warm_start", self.warm_start, WarmStart, "Previous()")
             _check_steps_remain(self.warm_start, self.termination, self.adjoint)
@@ -83,10 +86,12 @@ def solve(
     keep: Keep = "best",
     on_failure: OnFailure = "warn",
     warm_start: WarmStart | None = None,
+    compact: bool = True,
     batch_dims: Literal[0, 1] = 1,
     segments: Tensor | None = None,
     states: States = None,
     inputs: Sequence[Tensor] | None = None,
+    select: Select | None = None,
     trace: bool = False,
     memory: WarmStartMemory | None = None,
     sample_index: SampleIndex | None = None,
@@ -109,6 +114,8 @@ def solve(
         warm_start: where to start instead of `z0`, as far as it knows better: `Previous()`,
             `Cached(...)`, `Random(...)`. `z0` then gives the form of the state, and the start of
             unknown samples.
+        compact: whether finished samples leave the batch once they are an eighth of it, where
+            `select` says how. Not under gradients through the steps, `Shine`, `states` or `trace`.
         batch_dims: 1, or 0 when the whole state is one problem.
         segments: ragged and graph batches: for each row of the state the number of the problem it
             belongs to (N,); norms, convergence and reports are then per problem.
@@ -118,6 +125,10 @@ def solve(
             is always the last of them.
         inputs: the tensors f depends on besides z. None (default) finds them; only a second
             derivative through a compiled f needs them named.
+        select: for batches of uneven difficulty: takes the indices (b,) of some samples, and
+            returns the f of these alone, as in
+            `lambda rows: lambda z: torch.tanh(z @ w + x[rows])`. What has converged is then
+            evaluated no longer.
         trace: record the relative residual of every step, forward and backward.
         memory: what warm starts, forward and backward, remember from call to call.
         sample_index: for `Cached`: which sample of the data set each one is, integers (B,) or B
@@ -141,7 +152,9 @@ def solve(
     """
     if unknown:
         refuse_unknown("solve", unknown, list(signature(solve).parameters)[:-1])
-    settings = SolveSettings(solver, termination, adjoint, max_steps, keep, on_failure, warm_start)
+    settings = SolveSettings(
+        solver, termination, adjoint, max_steps, keep, on_failure, warm_start, compact
+    )
     return solve_with(
         f,
         z0,
@@ -150,6 +163,7 @@ def solve(
         segments=segments,
         states=states,
         inputs=inputs,
+        select=select,
         trace=trace,
         memory=memory,
         sample_index=sample_index,
@@ -165,6 +179,7 @@ def solve_with(
     segments: Tensor | None = None,
     states: States = None,
     inputs: Sequence[Tensor] | None = None,
+    select: Select | None = None,
     trace: bool = False,
     memory: WarmStartMemory | None = None,
     sample_index: SampleIndex | None = None,
@@ -183,6 +198,7 @@ def solve_with(
             segments=segments,
             states=states,
             inputs=inputs,
+            select=select,
             trace=trace,
             memory=memory,
             sample_index=sample_index,
@@ -192,6 +208,9 @@ def solve_with(
     problem = Problem(f, z0, batch_dims, segments, inputs)
     if z0_is_given:
         _check_finite(problem, settings, "z0")
+    if select is not None:
+        _check_select(select, batch_dims, segments)
+        problem.select = select if settings.compact and not settings.adjoint.needs_history else None
     transformed = is_transformed()
     warm = backward_warm = warm_started = None
     if not transformed:  # there tensors have no numbers to remember
@@ -208,7 +227,7 @@ def solve_with(
             max_steps=settings.max_steps,
             keep=settings.keep,
             trace=trace,
-            waypoints=waypoints(),
+            waypoints=waypoints and waypoints(),
         )
 
     report = BackwardReport()
@@ -291,6 +310,21 @@ def _check_finite(problem: Problem, settings: SolveSettings, name: str) -> None:
     )
 
 
+def _check_select(select: object, batch_dims: int, segments: Tensor | None) -> None:
+    """Raise UserError for a problem whose samples cannot be told apart by an index."""
+    if not callable(select):
+        raise UserError(
+            f"select is a {type(select).__name__}, expected a function of indices (b,) that "
+            "returns the f of these samples"
+        )
+    if not batch_dims or segments is not None:
+        other = "segments" if segments is not None else "batch_dims=0"
+        raise UserError(
+            f"select takes samples out of a batch, and under {other} the rows of the state are no "
+            "samples; leave out select"
+        )
+
+
 def _warm_starts(
     settings: SolveSettings,
     problem: Problem,
@@ -346,10 +380,10 @@ _NOT_EXPORTED = (
 )
 
 
-def _waypoints(states: States, max_steps: int) -> Callable[[], Waypoints]:
+def _waypoints(states: States, max_steps: int) -> Callable[[], Waypoints] | None:
     """Makes what keeps the states wanted besides the final one, for every run of the solve."""
     if states is None:
-        return AtSteps
+        return None
     if isinstance(states, str) and states == "all":
         return partial(AtSteps, range(1, max_steps + 1))
     given: Any = as_integer(states)

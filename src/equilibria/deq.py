@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Never
@@ -18,6 +19,7 @@ from equilibria.core.adjoint import Adjoint
 from equilibria.core.errors import UserError
 from equilibria.core.loop import Keep
 from equilibria.core.options import refuse_unknown
+from equilibria.core.problem import Select
 from equilibria.core.scope import solve_scope
 from equilibria.core.solution import Solution
 from equilibria.core.solver import Solver
@@ -53,6 +55,15 @@ class Cell(nn.Module, ABC):
     def forward(self, z: State, injection: Any) -> State:
         """One function evaluation; returns a state of exactly the form of z."""
 
+    def select(self, injection: Any, rows: Tensor) -> Any:
+        """The injection of some samples only, given by their indices (b,).
+
+        A cell that has this lets samples leave the batch when they have converged: where their
+        difficulty differs, f then works on those that still need it. Write it where samples do not
+        see each other; for an injection that is one tensor (B, ...) it is `injection[rows]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not take its injection apart")
+
 
 class DEQ(nn.Module):
     """A layer whose output is the fixed point of its cell, z* = f(z*, x).
@@ -69,6 +80,7 @@ class DEQ(nn.Module):
         max_steps: solver steps at most.
         keep: what a sample that misses the tolerance returns.
         on_failure: "warn", "raise" or "ignore".
+        compact: whether finished samples leave the batch, if the cell has `select`.
         warm_start: where training starts instead of at the cell's initial state, such as
             `Cached(50_000)`; a `z0` given at the call comes before it.
         eval_solver: used instead in eval mode; None means the same as in training.
@@ -97,6 +109,7 @@ class DEQ(nn.Module):
         keep: Keep = "best",
         on_failure: OnFailure = "warn",
         warm_start: WarmStart | None = None,
+        compact: bool = True,
         eval_solver: Solver | None = None,
         eval_termination: Termination | None = None,
         eval_max_steps: int | None = None,
@@ -116,7 +129,7 @@ class DEQ(nn.Module):
         self.train_memory = WarmStartMemory()
         self.eval_memory = WarmStartMemory()
         self.train_settings = SolveSettings(
-            solver, termination, adjoint, max_steps, keep, on_failure, warm_start
+            solver, termination, adjoint, max_steps, keep, on_failure, warm_start, compact
         )
         self.eval_settings = replace(
             self.train_settings if eval_warm_start else self.train_settings.cold(),
@@ -211,6 +224,7 @@ class DEQ(nn.Module):
             batch_dims=batch_dims,
             segments=segments,
             states=states,
+            select=self._selector(injection) if batch_dims and segments is None else None,
             trace=trace,
             memory=self.memory,
             sample_index=sample_index,
@@ -225,6 +239,18 @@ class DEQ(nn.Module):
         except Exception as error:
             _explain_start(z0, self.cell, injection, error)
             raise
+
+    def _selector(self, injection: Any) -> Select | None:
+        """f of some samples only, if the cell can tell their injections apart."""
+        cell = getattr(self.cell, "_orig_mod", self.cell)
+        if type(cell).select is Cell.select:
+            return None
+
+        def select(rows: Tensor) -> Callable[[State], State]:
+            part = cell.select(injection, rows)
+            return lambda z: self.cell(z, part)
+
+        return select
 
 
 def _check_names(cell: Cell) -> None:

@@ -232,9 +232,11 @@ def test_masks_are_drawn_once_per_solve(make_model: ModelFactory, tokens: Tensor
         output.logits.sum().backward()
         assert output.solution.converged.all()  # a mask redrawn per evaluation has no fixed point
         assert len(seen) == output.solution.num_evals
-        assert all(
-            mask is first for masks in seen for mask, first in zip(masks, seen[0], strict=True)
-        )
+        for masks in seen:
+            for mask, first in zip(masks, seen[0], strict=True):
+                # the very same, or the rows of those that have not converged
+                same = (mask.unsqueeze(1) == first.unsqueeze(0)).flatten(2).all(2)
+                assert mask is first or (len(mask) < len(first) and same.any(1).all())
         per_solve.append(seen[0])
     for first, second in zip(*per_solve, strict=True):
         assert not torch.equal(first, second)

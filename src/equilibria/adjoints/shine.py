@@ -70,6 +70,11 @@ class Shine(Adjoint):
     fallback: bool = True
     max_ratio: float = 5.0
 
+    @property
+    def needs_history(self) -> bool:
+        """The estimate is the solver's memory."""
+        return True
+
     def __post_init__(self) -> None:
         if type(self.refinement) is not int or self.refinement < 0:
             raise UserError(f"refinement={self.refinement!r} must be an integer of at least 0")

@@ -74,6 +74,11 @@ class Adjoint(Options, ABC):
         return False
 
     @property
+    def needs_history(self) -> bool:
+        """Whether it looks at what the solver remembers of the whole batch when the solve ends."""
+        return self.through_steps
+
+    @property
     def backward_warm_start(self) -> WarmStart | None:
         """Where its backward solve is to start, if it has one that can start warm."""
         return None

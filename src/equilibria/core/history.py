@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,12 @@ class Ring:
     def ages(self) -> list[int]:
         """Age of every filled slot, 0 for the newest."""
         return [(self.newest - slot) % self.size for slot in range(len(self))]
+
+    def of_rows(self, rows: Tensor) -> Ring:
+        """A ring with the vectors of some samples only, given by their indices (b,)."""
+        ring = copy(self)
+        ring._buffer = self._buffer[rows]
+        return ring
 
     @property
     def buffer(self) -> Tensor:
@@ -87,6 +95,12 @@ class SmallMatrix:
 
     def __init__(self, like: Tensor, size: int) -> None:
         self._matrix = like.new_zeros(like.shape[0], size, size, dtype=widest(like.device))
+
+    def of_rows(self, rows: Tensor) -> SmallMatrix:
+        """The matrices of some samples only, given by their indices (b,)."""
+        small = copy(self)
+        small._matrix = self._matrix[rows]
+        return small
 
     @property
     def whole(self) -> Tensor:

@@ -46,6 +46,20 @@ class Measurement(_Norms, Shared):
         """`residual / image` (B,), zero where both are zero."""
         return self.residual / self.image.clamp_min(torch.finfo(self.image.dtype).tiny)
 
+    def of_rows(self, rows: Tensor) -> Measurement:
+        """That of some samples only, given by their indices."""
+        return self._made_alike(*(norm[rows] for norm in self))
+
+    def where(self, rows: Tensor, other: Measurement) -> Measurement:
+        """These norms for samples in the mask `rows` (B,), and the other's for the rest."""
+        both = zip(self, other, strict=True)
+        return self._made_alike(*(torch.where(rows, one, two) for one, two in both))
+
+    def _made_alike(self, residual: Tensor, image: Tensor) -> Measurement:
+        made = Measurement(residual, image)
+        made.kernels = self.kernels
+        return made
+
     def all_go_on(self, rtol: float, atol: float, limits: Limits) -> bool:
         """Whether every residual is above its tolerance, and no norm above its limit."""
         if self.kernels is not None:
@@ -55,6 +69,19 @@ class Measurement(_Norms, Shared):
         # Not "<=", which a NaN would pass.
         within = (residual <= limits.residual) & (image <= limits.image)
         return bool((within & (residual > tolerance)).all())
+
+    def judged(
+        self, rtol: float, atol: float, limits: Limits, growth: float
+    ) -> tuple[Tensor, Limits]:
+        """The criterion of `Residual` by the compiled steps: codes (B,), and the new limits."""
+        if self.kernels is None:
+            raise RuntimeError("there are no compiled steps to judge by")
+        codes = torch.empty_like(self.residual, dtype=torch.int8)
+        both = self.residual.new_empty(2, len(self.residual))
+        self.kernels.judge(
+            *self.arrays, rtol, atol, *limits.arrays, growth, codes.numpy(), both.numpy()
+        )
+        return codes, Limits(*both.unbind())
 
     def all_improve_on(self, other: Measurement) -> bool:
         """Whether every residual is smaller than in another measurement."""

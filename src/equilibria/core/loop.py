@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,14 +11,13 @@ from torch import Tensor
 from equilibria.core.autocast import without_autocast
 from equilibria.core.errors import UserError, nearest
 from equilibria.core.fused import bookkeeping
-from equilibria.core.iterate import Iterate, Measurement, choose
+from equilibria.core.iterate import Iterate, Measurement
+from equilibria.core.ledger import BlindLedger, Keep, Ledger
 from equilibria.core.problem import Problem
 from equilibria.core.solver import Solver
 from equilibria.core.status import RUNNING, Status
 from equilibria.core.termination import Termination
 from equilibria.core.waypoints import AtSteps, Waypoints
-
-Keep = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ def iterate(
     """Step until every sample has finished or `max_steps` steps are made.
 
     Costs one evaluation for the initial point and those of the solver's steps. A sample that
-    finishes is frozen: its result no longer changes and `f` sees the same point from then on.
+    finishes is frozen: its result no longer changes and `f` sees the same point from then on, or
+    no longer sees it at all where the problem says how to leave samples out (`Problem.select`).
     A sample that meets the tolerance returns that iterate; one that does not returns its best
     (lowest residual) or its last finite iterate, by `keep`.
 
@@ -72,9 +72,7 @@ def iterate(
     """
     check_limits(max_steps, keep)
     with without_autocast(problem.z0.device):
-        return _iterate(
-            problem, solver, termination, max_steps, keep, trace, waypoints or AtSteps()
-        )
+        return _iterate(problem, solver, termination, max_steps, keep, trace, waypoints)
 
 
 def _iterate(
@@ -84,16 +82,22 @@ def _iterate(
     max_steps: int,
     keep: Keep,
     trace: bool,
-    waypoints: Waypoints,
+    waypoints: Waypoints | None,
 ) -> LoopResult:
     taping = torch.is_grad_enabled()
     current = problem.evaluate(problem.z0)
     fused = bookkeeping(current.z, solver.prefers_fused) if termination.needs_sync else None
     measured = problem.measure(current, fused)
-    ledger = _Ledger(current, measured, keep) if termination.needs_sync else _Blind(current)
+    ledger: Ledger | BlindLedger = BlindLedger(current)
+    if termination.needs_sync:
+        ledger = Ledger(current, measured, keep, fused)
+    may_part = problem.select is not None and solver.separable and not (taping or trace)
+    may_part = may_part and waypoints is None
+    waypoints = waypoints or AtSteps()
     termination_state = termination.init(measured)
     solver_state = solver.init(current, max_steps)
     measurements: list[Measurement] = []
+    posed = problem  # to the samples that are still solved
 
     step = 0
     for step in range(max_steps + 1):
@@ -104,15 +108,26 @@ def _iterate(
             measurements.append(ledger.shown(measured))
         if ledger.enter(current, measured, codes, step):
             break
+        if may_part and isinstance(ledger, Ledger):
+            rows = ledger.rows_going_on
+            if rows is not None and _parting_pays(len(rows), current.z.shape[0]):
+                ledger.part_with_finished(rows)
+                posed = problem.restricted(ledger.origin, posed.num_evals)
+                current = Iterate(*(tensor[rows] for tensor in current))
+                measured = measured.of_rows(rows)
+                termination_state = termination.select(termination_state, rows)
+                solver_state = solver.select(solver_state, rows)
 
         # The image of the last point serves the report only; a solver with evaluations on the
         # way to that point needs those recorded.
         unrecorded = step + 1 == max_steps and solver.single_evaluation
-        evaluate = _Evaluator(problem, ledger.frozen, record=taping and not unrecorded)
+        evaluate = _Evaluator(posed, ledger.frozen, record=taping and not unrecorded)
         current, solver_state = solver.step(evaluate, current, solver_state)
-        measured = problem.measure(current, fused)
+        measured = posed.measure(current, fused)
         waypoints.enter(step + 1, current.z)
 
+    ledger.close()
+    problem.num_evals = posed.num_evals
     return LoopResult(
         iterate=ledger.kept,
         measurement=ledger.measurement,
@@ -124,109 +139,16 @@ def _iterate(
     )
 
 
-class _Ledger:
-    """What is known of every sample: its best iterate, whether and how it finished."""
+FINISHED_SHARE = 1 / 8
+"""Share of a batch that has to have finished before the others go on without it.
 
-    def __init__(self, first: Iterate, measurement: Measurement, keep: Keep) -> None:
-        batch, device = first.z.shape[0], first.z.device
-        self.kept = first
-        self.measurement = measurement
-        self.status = torch.full((batch,), RUNNING, dtype=torch.int8, device=device)
-        self.num_steps = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.frozen: tuple[Tensor, Tensor] | None = None
-        """Samples that go on (B, 1), and where the others stay; None while all go on."""
-        self._keep = keep
-        self._active: Tensor | None = None  # (B,); None while all go on
-
-    def enter(
-        self, current: Iterate, measured: Measurement, codes: Tensor | None, step: int
-    ) -> bool:
-        """Take note of an iterate; whether the solve is over."""
-        if codes is None and self._active is None:
-            if step > 0:
-                self._take_all(current, measured)
-            return False
-        codes = torch.full_like(self.status, RUNNING) if codes is None else codes
-        codes = torch.where(torch.isfinite(measured.residual), codes, Status.NONFINITE)
-        active = self.status == RUNNING if self._active is None else self._active
-        if step > 0:
-            worth = self._better(current, measured)
-            if self._keep == "best":
-                # a runaway point is not worth keeping, however small rounding makes its residual
-                worth = (worth & (codes != Status.DIVERGED)) | (codes == Status.SUCCESS)
-            self._take(active & worth, current, measured)
-        return self._finish(active & (codes != RUNNING), codes, step)
-
-    def shown(self, measured: Measurement) -> Measurement:
-        """A measurement for the trace: NaN for samples that have finished."""
-        if self._active is None:
-            return measured
-        return Measurement(torch.where(self._active, measured.residual, torch.nan), measured.image)
-
-    def _better(self, current: Iterate, measured: Measurement) -> Tensor:
-        """Mask (B,) of the samples whose new iterate may replace the kept one."""
-        if self._keep == "last":
-            return torch.isfinite(measured.residual)
-        return measured.residual < self.measurement.residual
-
-    def _take_all(self, current: Iterate, measured: Measurement) -> None:
-        """`_take` of all samples that are better, which usually is every one."""
-        if self._keep == "best" and measured.all_improve_on(self.measurement):
-            self.kept, self.measurement = current, measured
-        else:
-            self._take(self._better(current, measured), current, measured)
-
-    def _take(self, rows: Tensor, current: Iterate, measured: Measurement) -> None:
-        if bool(rows.all()):  # by reference: no copy while all improve
-            self.kept, self.measurement = current, measured
-        elif bool(rows.any()):
-            self.kept = choose(rows, current, self.kept)
-            self.measurement = Measurement(
-                *(
-                    torch.where(rows, new, old)
-                    for new, old in zip(measured, self.measurement, strict=True)
-                )
-            )
-
-    def _finish(self, finished: Tensor, codes: Tensor, step: int) -> bool:
-        if bool(finished.any()):
-            self.status = torch.where(finished, codes, self.status)
-            self.num_steps = torch.where(finished, step, self.num_steps)
-            self._active = self.status == RUNNING
-            if not bool(self._active.any()):
-                return True
-        elif not self.status.shape[0]:
-            return True  # an empty batch
-        if self._active is not None:
-            self.frozen = self._active.unsqueeze(-1), self.kept.z
-        return False
+To part copies the history once, about the traffic of one step. docs/performance.md has what other
+shares cost.
+"""
 
 
-class _Blind:
-    """The ledger of a solve that decides nothing by numbers, so that nothing has to wait."""
-
-    frozen = None
-
-    def __init__(self, first: Iterate) -> None:
-        self._first = first
-        self.kept = first
-
-    def enter(
-        self, current: Iterate, measured: Measurement, codes: Tensor | None, step: int
-    ) -> bool:
-        """Take note of an iterate; whether the solve is over."""
-        self.kept, self.measurement = current, measured
-        if codes is None:
-            return False
-        finite = torch.isfinite(measured.residual)
-        self.status = torch.where(finite, codes, Status.NONFINITE)
-        self.num_steps = torch.full_like(codes, step, dtype=torch.int64)
-        self.kept = choose(finite, current, self._first)
-        return True
-
-    def shown(self, measured: Measurement) -> Measurement:
-        """A measurement for the trace."""
-        return measured
+def _parting_pays(going_on: int, batch: int) -> bool:
+    return batch - going_on >= FINISHED_SHARE * batch
 
 
 def _closed(codes: Tensor | None, measured: Measurement) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
 from types import ModuleType
 from typing import Literal, Protocol
 
@@ -19,6 +21,9 @@ from equilibria.core.replay import SameTwice
 from equilibria.core.scope import solve_scope
 from equilibria.core.state import Layout, State
 from equilibria.core.untouched import WROTE_TO_ARGUMENT, WROTE_TO_IMAGE, Untouched
+
+Select = Callable[[Tensor], Callable[[State], State]]
+"""Indices of samples (b,) -> f for these samples only."""
 
 Map = Callable[[Tensor], Tensor]
 """A function on packed states, (B, D) -> (B, D)."""
@@ -78,7 +83,19 @@ class Problem:
         self._autocast = Autocast(self.layout.device)
         self.num_evals = 0
         self._first_image: State | None = None
+        self.select: Select | None = None
         self.checkpoint = False  # whether recorded evaluations are made again when needed
+
+    def restricted(self, samples: Tensor, num_evals: int) -> Problem:
+        """The problem of some samples only, given by their indices (b,); counts on from there."""
+        if self.select is None:
+            raise RuntimeError("samples are left out of a problem that does not say how")
+        part = copy(self)
+        part.f = self.select(samples)
+        part.layout = replace(self.layout, batch_size=len(samples))
+        part.scope = self.scope.of_samples(samples, self.layout.batch_size)
+        part.num_evals = num_evals
+        return part
 
     def image(self, z: Tensor) -> Tensor:
         """Call `f` once on a packed point; with grad enabled the call is recorded."""

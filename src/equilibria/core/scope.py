@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from equilibria.core.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -43,25 +45,56 @@ class SolveScope:
         finally:
             _active.scope = outer
 
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+    def once(self, key: Hashable, make: Callable[[], T], rows: int | None = None) -> T:
         """The value of `key`, made at the first call.
 
         Made in the grad mode that the solve began in. A solver evaluates without recording, and a
         weight made there would have no graph: its parameters would silently get no gradient.
         """
+        if rows is not None:
+            key = (key, rows)
         if key not in self._values:
             with torch.set_grad_enabled(self._records), _outside_of_checkpoints():
                 self._values[key] = make()
         return self._values[key]
 
+    def of_samples(self, samples: torch.Tensor, batch: int) -> SolveScope:
+        """The same values for some samples of a batch only, given by their indices (b,)."""
+        return _PartOfScope(self, samples, batch)
 
-def once(key: Hashable, make: Callable[[], T]) -> T:
+
+class _PartOfScope(SolveScope):
+    """A scope after some samples have left the batch."""
+
+    def __init__(self, whole: SolveScope, samples: torch.Tensor, batch: int) -> None:
+        super().__init__()
+        self._whole, self._samples, self._batch = whole, samples, batch
+
+    def once(self, key: Hashable, make: Callable[[], T], rows: int | None = None) -> T:
+        """The value of the whole, or the rows of the samples that are still here."""
+        if rows is None:
+            return self._whole.once(key, make)
+        if rows != len(self._samples):
+            raise UserError(
+                f"a value of {rows} rows is shared by a solve whose batch shrinks to "
+                f"{len(self._samples)} samples, so that its rows cannot be told apart (are "
+                "samples and positions in one dimension?); keep the batch together with "
+                "compact=False"
+            )
+        if key not in self._values:
+            whole: Any = self._whole.once(key, make, self._batch)
+            self._values[key] = whole[self._samples]
+        return self._values[key]
+
+
+def once(key: Hashable, make: Callable[[], T], rows: int | None = None) -> T:
     """The value of `key` in the solve that is going on; outside of a solve, a new one.
 
-    Use the module and a name as the key: `once((self, "mask"), self._draw)`.
+    Use the module and a name as the key: `once((self, "mask"), self._draw)`. For a tensor whose
+    first dimension goes by samples `rows` is its size, so that it can follow a batch that shrinks.
     """
     scope = _active.scope
-    return make() if scope is None else scope.once(key, make)
+    return make() if scope is None else scope.once(key, make, rows)
 
 
 @contextmanager

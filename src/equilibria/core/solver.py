@@ -53,6 +53,15 @@ class Solver(Options, ABC):
         row b of the result depends on row b of what it is given only.
         """
 
+    @property
+    def separable(self) -> bool:
+        """Whether `select` is there, so that finished samples can leave the batch."""
+        return False
+
+    def select(self, state: Any, rows: Tensor) -> Any:
+        """The memory of some samples only, given by their indices (b,); see `separable`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot take its memory apart")
+
     def inverse_jacobian_t(self, state: Any, iterate: Iterate) -> Callable[[Tensor], Tensor] | None:
         """The estimate of u = (I - J^T)^-1 g that the solve has built, as a map g -> u on (B, D).
 

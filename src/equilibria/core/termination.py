@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from equilibria.core.iterate import Measurement
 from equilibria.core.options import Options
@@ -29,6 +30,13 @@ class Termination(Options, ABC):
     @abstractmethod
     def init(self, measurement: Measurement) -> Any:
         """Make the memory for one solve from the measurement of the initial point."""
+
+    def select(self, state: Any, rows: Tensor) -> Any:
+        """The memory of some samples only, given by their indices (b,).
+
+        Right for every memory whose tensors end with the batch, (B,) or (..., B).
+        """
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor[..., rows], state)
 
     @abstractmethod
     def check(self, measurement: Measurement, step: int, state: Any) -> tuple[Tensor | None, Any]:

@@ -21,6 +21,9 @@ from equilibria.kernels.compiler import (
     threads_for,
 )
 
+# As in equilibria.core.status, which this lowest layer does not know.
+RUNNING, SUCCESS, DIVERGED, NONFINITE = -1, 0, 3, 4
+
 
 def norms(z: Array, fz: Array) -> Tensor:
     """Root mean squares of f(z) - z and of f(z), (2, B), in one pass over both."""
@@ -75,3 +78,68 @@ def all_less(a: Array, b: Array) -> bool:
     for i in range(a.shape[0]):
         less = less and a[i] < b[i]
     return less
+
+
+@compiled_exactly
+def judge(
+    residual: Array,
+    image: Array,
+    rtol: float,
+    atol: float,
+    size: Array,
+    limit: Array,
+    growth: float,
+    codes: Array,
+    limits: Array,
+) -> None:
+    """Write codes (B,), 0 for success and 3 for diverged, and the new limits (2, B)."""
+    kind, info = residual.dtype.type, np.finfo(residual.dtype)
+    eps, tiny = kind(info.eps), kind(info.tiny)
+    for b in range(residual.shape[0]):
+        r, f, code = residual[b], image[b], RUNNING
+        grown = f > limit[b]
+        shrink = limit[b] / max(f, tiny) if grown else kind(1)
+        tolerance = kind(rtol) * f * shrink * shrink + kind(atol)
+        if r <= tolerance and (not grown or eps * f <= tolerance):
+            code = SUCCESS
+        if grown and eps * f > size[b]:
+            code = DIVERGED
+        codes[b] = code
+        limits[0, b] = size[b] if grown or not r > size[b] else r
+        limits[1, b] = limits[0, b] * kind(growth)
+
+
+@compiled_exactly
+def enter(
+    codes: Array,
+    residual: Array,
+    kept_residual: Array,
+    status: Array,
+    num_steps: Array,
+    step: int,
+    best: bool,
+) -> tuple[Array, Array, int, int]:
+    """Close the books of one step, in `status` and `num_steps`.
+
+    Returns:
+        who is taken into the kept iterates (B,), who goes on (B,), and how many these are.
+    """
+    batch = residual.shape[0]
+    taken, active = np.zeros(batch, np.bool_), np.zeros(batch, np.bool_)
+    num_taken, num_active = 0, 0
+    for b in range(batch):
+        if status[b] != RUNNING:
+            continue
+        code = codes[b] if math.isfinite(residual[b]) else NONFINITE
+        if best:
+            better = residual[b] < kept_residual[b] and code != DIVERGED
+            taken[b] = step > 0 and (better or code == SUCCESS)
+        else:
+            taken[b] = step > 0 and math.isfinite(residual[b])
+        num_taken += taken[b]
+        if code != RUNNING:
+            status[b], num_steps[b] = code, step
+        else:
+            active[b] = True
+            num_active += 1
+    return taken, active, num_taken, num_active

@@ -64,7 +64,8 @@ def threads_for(size: int) -> int:
     wanted = 1 if size < SMALL else torch.get_num_threads()
     if wanted == 1:
         return 1
-    number = min(wanted, numba.config.NUMBA_NUM_THREADS)  # pyright: ignore[reportPrivateImportUsage]
+    config: Any = numba.config  # pyright: ignore[reportPrivateImportUsage]
+    number = min(wanted, config.NUMBA_NUM_THREADS)
     numba.set_num_threads(number)
     return number
 

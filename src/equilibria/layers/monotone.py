@@ -155,6 +155,10 @@ class MonotoneCell(_Monotone):
             drive = alpha * self.input(x.to(operator.dtype))
         return MonotoneInjection(self._identity() - alpha * operator, drive)
 
+    def select(self, injection: MonotoneInjection, rows: Tensor) -> MonotoneInjection:
+        """That of some samples only."""
+        return injection._replace(drive_BD=injection.drive_BD[rows])
+
     def initial_state(self, injection: MonotoneInjection) -> State:
         return torch.zeros_like(injection.drive_BD)
 
@@ -247,6 +251,10 @@ class MonotoneConvCell(_Monotone):
         return MonotoneConvInjection(
             1.0 - alpha * self.margin, alpha.sqrt() * self.damping_CCKK, alpha * self._skew(), drive
         )
+
+    def select(self, injection: MonotoneConvInjection, rows: Tensor) -> MonotoneConvInjection:
+        """That of some images only."""
+        return injection._replace(drive_BCHW=injection.drive_BCHW[rows])
 
     def initial_state(self, injection: MonotoneConvInjection) -> State:
         return torch.zeros_like(injection.drive_BCHW)

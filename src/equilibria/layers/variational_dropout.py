@@ -76,8 +76,8 @@ class VariationalDropout(nn.Module):
         if not self.training or self.p == 0.0:
             return x
         shape = self._mask_shape(x)
-        key = (self, shape, x.dtype, x.device)
-        return x * once(key, lambda: dropout_mask(x, shape, self.p))
+        key = (self, shape[1:], x.dtype, x.device)
+        return x * once(key, lambda: dropout_mask(x, shape, self.p), rows=shape[0])
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

@@ -143,6 +143,8 @@ class _Run:
             torch.where(self.status == RUNNING, Status.MAX_STEPS, self.status)
         )
         lost_digits = torch.finfo(self.u.dtype).eps * rms(self.u) > self._tolerance
+        # On a singular system the recurrence may announce what the point does not keep.
+        lost_digits |= rms(self.residual) > 2.0 * self._tolerance
         status = torch.where((status == Status.SUCCESS) & lost_digits, Status.STALLED, status)
         # Without one finite product the zero start would pass for a gradient of zero; b is the
         # one-step gradient, and its residual is not known.

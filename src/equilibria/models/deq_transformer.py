@@ -192,6 +192,15 @@ class DEQTransformerCell(Cell):
         fed = F.linear(_drop(inner, masks.inner), weights.contract, self.contract.bias)
         return self._normalised(h + _drop(fed, masks.output), "post")
 
+    def select(self, injection: Injection, rows: Tensor) -> Injection:
+        """The injection of some sequences of the batch only."""
+        return injection._replace(
+            qkv=injection.qkv[rows],
+            memory_k=injection.memory_k[rows],
+            memory_v=injection.memory_v[rows],
+            masks=_Masks(*(None if mask is None else mask[rows] for mask in injection.masks)),
+        )
+
     def empty_memory(self, x: Tensor) -> Memory:
         """A memory of length 0 for the batch of `x`."""
         batch, width = x.shape[0], self.config.d_model

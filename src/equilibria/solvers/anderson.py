@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -133,6 +134,25 @@ class Anderson(Solver):
         """Whether a step is `evaluate(propose(...))` and nothing else."""
         return True
 
+    @property
+    def separable(self) -> bool:
+        """Whether finished samples can leave the batch; with a safeguard they stay."""
+        return self.safeguard is None
+
+    def select(self, state: AndersonState, rows: Tensor) -> AndersonState:
+        """The history of some samples only."""
+        part = copy(state)
+        part.test_differences = state.test_differences.of_rows(rows)
+        part.image_differences = state.image_differences.of_rows(rows)
+        part.gram, part.squares = state.gram.of_rows(rows), state.squares.of_rows(rows)
+        if state.previous is not None:
+            part.previous = Iterate(*(tensor[rows] for tensor in state.previous))
+        if state.previous_residual is not None:
+            part.previous_residual = state.previous_residual[rows]
+        part.fused = None
+        self._fuse(part)
+        return part
+
     def init(self, iterate: Iterate, max_steps: int) -> AndersonState:
         """Allocate the history, no longer than the solve can fill."""
         size = min(self.history_size or max_steps, self.restart or max_steps, max_steps)
@@ -140,7 +160,7 @@ class Anderson(Solver):
         if self.safeguard is not None:
             state.guard = _Guard(iterate, size, self.safeguard)
         else:
-            self._fuse(state, iterate.z)
+            self._fuse(state)
         return state
 
     def step(
@@ -177,9 +197,9 @@ class Anderson(Solver):
         state.previous, state.previous_residual = iterate, residual
         return z, state
 
-    def _fuse(self, state: AndersonState, like: Tensor) -> None:
+    def _fuse(self, state: AndersonState) -> None:
         """Have the rest of this file done in one call, where it can be."""
-        compiled = kernels("anderson", like, self.fused)
+        compiled = kernels("anderson", state.image_differences.buffer, self.fused)
         if compiled is None:
             return
         state.fused = compiled.Step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -60,9 +61,9 @@ class BroydenState:
             new = self.vectors.push_difference(iterate.residual, previous.residual, rows)
         return new, self.image_differences.push_difference(iterate.fz, previous.fz, rows)
 
-    def fuse(self, like: Tensor, fused: bool | None, relaxation: float) -> None:
+    def fuse(self, fused: bool | None, relaxation: float) -> None:
         """Have steps made in one call, where they can be."""
-        compiled = kernels("broyden", like, fused)
+        compiled = kernels("broyden", self.vectors.buffer, fused)
         if compiled is None:
             return
         self.fused = compiled.Step(
@@ -74,6 +75,20 @@ class BroydenState:
             kind=self.kind,
             relaxation=relaxation,
         )
+
+    def of_rows(self, rows: Tensor) -> BroydenState:
+        """The memory of some samples only, given by their indices (b,); not fused."""
+        part = copy(self)
+        part.vectors = self.vectors.of_rows(rows)
+        part.image_differences = self.image_differences.of_rows(rows)
+        part.squares, part.by_images = self.squares.of_rows(rows), self.by_images.of_rows(rows)
+        part._born = self._born[rows]
+        for name in ("previous", "latest"):
+            point: Iterate | None = getattr(self, name)
+            if point is not None:
+                setattr(part, name, Iterate(*(tensor[rows] for tensor in point)))
+        part.fused = None
+        return part
 
     def older_rows(self, squares: Tensor) -> Tensor:
         """The upper triangle by age, sample by sample: row not newer than column."""
@@ -161,11 +176,22 @@ class Broyden(Solver):
         """Whether a step is `evaluate(propose(...))` and nothing else."""
         return not self.line_search
 
+    @property
+    def separable(self) -> bool:
+        """Whether finished samples can leave the batch."""
+        return True
+
+    def select(self, state: BroydenState, rows: Tensor) -> BroydenState:
+        """The pairs of some samples only."""
+        part = state.of_rows(rows)
+        part.fuse(self.fused, self.relaxation)
+        return part
+
     def init(self, iterate: Iterate, max_steps: int) -> BroydenState:
         """Allocate the pairs, no more than the solve can fill."""
         size = min(self.history_size or max_steps, max_steps)
         state = BroydenState(iterate, size, self.kind)
-        state.fuse(iterate.z, self.fused, self.relaxation)
+        state.fuse(self.fused, self.relaxation)
         return state
 
     def step(

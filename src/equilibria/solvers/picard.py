@@ -42,6 +42,14 @@ class Picard(Solver):
         """Whether a step is `evaluate(propose(...))` and nothing else."""
         return True
 
+    @property
+    def separable(self) -> bool:
+        """Whether finished samples can leave the batch."""
+        return True
+
+    def select(self, state: None, rows: Tensor) -> None:
+        """Nothing is remembered."""
+
     def init(self, iterate: Iterate, max_steps: int) -> None:
         """Nothing to remember."""
 

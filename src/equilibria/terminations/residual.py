@@ -91,6 +91,8 @@ class Residual(Termination):
         """SUCCESS where the criterion holds, DIVERGED where nothing can be judged any more."""
         if measurement.all_go_on(self.rtol, self.atol, state):
             return None, state
+        if measurement.kernels is not None and self.max_growth is not None:
+            return measurement.judged(self.rtol, self.atol, state, self._credible_growth)
         residual, image = measurement
         if self.max_growth is None:
             tolerance = image * self.rtol + self.atol
