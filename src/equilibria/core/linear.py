@@ -89,12 +89,16 @@ def start_from(a: Callable[[Tensor], Tensor], b: Tensor, guess: Tensor) -> tuple
     return torch.where(useful, u, 0.0), torch.where(useful, b - share * unit, b)
 
 
+NUM_ROUNDINGS = 100
+"""By how many units of rounding a residual has to fall to count as smaller."""
+
+
 def gained_nothing(norm: Tensor, before: Tensor) -> Tensor:
     """Mask (B,) of the residuals that are, but for rounding, no smaller than `before`, which is.
 
     Of u = 0 the residual is b, so a u that leaves as much is worth no more than zero.
     """
-    return (norm >= before * (1.0 - 100 * torch.finfo(norm.dtype).eps)) & (before > 0)
+    return (norm >= before * (1.0 - NUM_ROUNDINGS * torch.finfo(norm.dtype).eps)) & (before > 0)
 
 
 def scaled_to_one(b: Tensor) -> tuple[Tensor, Tensor]:

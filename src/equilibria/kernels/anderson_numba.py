@@ -88,6 +88,9 @@ def _weights(
     batch, _, n = products.shape
     weights = np.empty((batch, n))
     unit, factor, right, scale = np.empty((n, n)), np.empty((n, n)), np.empty(n), np.empty(n)
+    order = np.empty(n, np.int64)  # newest first
+    for i in range(n):
+        order[i] = (slot - i) % n
     for b in range(batch):
         by_test, image_by_test = products[b, 0], products[b, 1]
         test_by_image, residual_by_test = products[b, 2], products[b, 3]
@@ -100,12 +103,12 @@ def _weights(
                 small[j, slot] = by_test[j] - image_by_test[j]
             for j in range(n):
                 small[slot, j] = by_test[j] - test_by_image[j]
-            _scales(squares[b], slot, n, min_angle, scale, factor)
+            _scales(squares[b], order, min_angle, scale, factor)
         else:
             for j in range(n):
                 small[j, slot] = by_test[j]
                 small[slot, j] = by_test[j]
-            _scales(small, slot, n, min_angle, scale, factor)
+            _scales(small, order, min_angle, scale, factor)
         for i in range(n):
             right[i] = scale[i] * residual_by_test[i]
             for j in range(n):
@@ -130,19 +133,17 @@ def _weights(
 
 
 @compiled
-def _scales(
-    squares: Array, slot: int, n: int, min_angle: float, scale: Array, factor: Array
-) -> None:
+def _scales(squares: Array, order: Array, min_angle: float, scale: Array, factor: Array) -> None:
     """One over the lengths; 0 for what newer differences span, by Cholesky from the newest on."""
-    info = np.finfo(squares.dtype)
+    info, n = np.finfo(squares.dtype), order.shape[0]
     for j in range(n):
         scale[j] = 1.0 / math.sqrt(max(squares[j, j], info.tiny ** (2.0 / 3.0)))
     if min_angle == 0.0:
         return
     for i in range(n):
-        row = (slot - i) % n
+        row = order[i]
         for k in range(i + 1):
-            column = (slot - k) % n
+            column = order[k]
             value = squares[row, column] * scale[row] * scale[column]
             if i == k:
                 value += 10.0 * info.eps
@@ -151,4 +152,4 @@ def _scales(
             factor[i, k] = math.sqrt(value) if i == k else value / factor[k, k]
     for i in range(n):
         if not factor[i, i] >= min_angle:  # so written, because a pivot may be NaN
-            scale[(slot - i) % n] = 0.0
+            scale[order[i]] = 0.0

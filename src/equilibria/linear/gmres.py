@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from equilibria.core.fused import as_array, kernels
+from equilibria.core.fused import kernels
 from equilibria.core.history import inner_products
 from equilibria.core.iterate import rms
-from equilibria.core.linear import LinearResult, LinearSolver, gained_nothing, start_from
+from equilibria.core.linear import (
+    NUM_ROUNDINGS,
+    LinearResult,
+    LinearSolver,
+    gained_nothing,
+    start_from,
+)
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.precision import widest
 from equilibria.core.status import RUNNING, Status
@@ -93,7 +98,9 @@ class _Run:
         trace: bool,
         fused: bool | None,
     ) -> None:
-        self._a, self._b, self._fused = a, b, fused
+        self._a, self._b = a, b
+        # Compiled for the CPU only, where small operations take longest.
+        self._kernels = kernels("gmres", b, fused) if b.device.type == "cpu" else None
         self._scale = 1.0 / math.sqrt(max(b.shape[1], 1))
         self.num_evals = 0 if guess is None else 1
         self.num_steps_made = 0
@@ -111,7 +118,8 @@ class _Run:
 
     def cycle(self, size: int) -> None:
         """Build one Krylov space of at most `size` vectors and move to its best point."""
-        arnoldi = _Arnoldi(self.u, self.residual, size, self._fused)
+        make = _Arnoldi if self._kernels is None else self._kernels.Arnoldi
+        arnoldi = make(self.u, self.residual, size)
         active, before = self.status == RUNNING, self.num_steps_made
         for _ in range(size):
             norm = arnoldi.extend(self._a)
@@ -184,6 +192,11 @@ class _Run:
         if self._trace is not None:
             running = self.status == RUNNING
             self._trace.append(torch.where(running, self._relative(norm), torch.nan))
+        if self._kernels is not None:
+            self._all_run = False
+            rounding = NUM_ROUNDINGS * torch.finfo(norm.dtype).eps
+            limits = self._target_norm, self._tolerance, rounding
+            return self._kernels.judge(norm, *limits, self.status, self.steps, self.num_steps_made)
         going = (norm > self._tolerance) & (norm < torch.inf)  # NaN is neither
         if self._all_run and bool(going.all()):
             return not norm.shape[0]
@@ -204,7 +217,7 @@ class _Arnoldi:
     accumulated in `q_transposed`, so each step costs a fixed number of small operations.
     """
 
-    def __init__(self, u: Tensor, residual: Tensor, size: int, fused: bool | None) -> None:
+    def __init__(self, u: Tensor, residual: Tensor, size: int) -> None:
         double = widest(u.device)
         batch, room = u.shape[0], min(size, FIRST_VECTORS)
         self._u = u
@@ -219,22 +232,12 @@ class _Arnoldi:
         self._right[:, 0] = self._beta
         self._basis[:, 0] = residual * _inverse(norm).unsqueeze(1)
         self._k = 0
-        # Only for the CPU, where small operations take longest.
-        self._kernels = kernels("gmres", u, fused) if u.device.type == "cpu" else None
-        self._fused: Any = None
 
     def extend(self, a: Product) -> Tensor:
         """Add one vector and return the Euclidean norm (B,) of the best residual."""
         if self._k + 1 == self._basis.shape[1]:
             self._make_room()
         k, basis = self._k, self._basis
-        if self._kernels is not None:
-            if self._fused is None:
-                self._fused = self._kernels.Step(basis, self._q_transposed, self._r, self._right)
-            projected, norm = self._fused.extend(as_array(a(basis[:, k])), k)
-            self._hessenberg.append(projected)
-            self._k = k + 1
-            return norm
         column, remainder = _orthogonalise(a(basis[:, k]), basis[:, : k + 1])
         length = torch.linalg.vector_norm(remainder, dim=1)
         basis[:, k + 1] = remainder * _inverse(length).unsqueeze(1)
@@ -259,7 +262,6 @@ class _Arnoldi:
 
     def _make_room(self) -> None:
         """Double what is full: most systems are solved long before a restart."""
-        self._fused = None  # it belongs to the memory of before
         more = min(self._basis.shape[1], self._size + 1 - self._basis.shape[1])
         self._basis = pad(self._basis, (0, 0, 0, more))
         self._right = pad(self._right, (0, more))

@@ -304,8 +304,9 @@ def _scaled(matrix: Tensor, scale: Tensor) -> Tensor:
 def _sines(unit: Tensor, newest: int) -> Tensor:
     """Sine of the angle (B, n) of every column with the span of the newer ones.
 
-    These are the pivots of the Cholesky factor, columns from the newest to the oldest. After a
-    pivot of zero come NaN, which are no angles either.
+    These are the pivots of the Cholesky factor, columns from the newest to the oldest. Where
+    rounding makes one of them the root of a negative number, what follows means nothing and is
+    kept: the ridge has to cope.
     """
     rounding = 10.0 * torch.finfo(unit.dtype).eps
     ordered = unit.flip((1, 2)).roll((newest + 1, newest + 1), (1, 2))
