@@ -20,8 +20,8 @@ from equilibria.kernels.passes_numba import (
     mix_parallel,
     push_and_multiply,
     push_and_multiply_parallel,
-    solve_in_place,
 )
+from equilibria.kernels.small_systems_numba import broyden_weights
 
 
 class Step:
@@ -65,7 +65,7 @@ class Step:
         roomy = good and count < size
         rows = all_rows(len(arrays[0])) if roomy else _moved(arrays[0], before.arrays[0])
         products = push(*arrays, *before.arrays, *history, slot, filled, good, rows)
-        weights = _weights(products, *self._small, rows, slot, count, good)
+        weights = broyden_weights(products, *self._small, rows, slot, count, good)
         out = np.empty_like(arrays[0])
         blend(*arrays, *history, weights, self._relaxation, 0, out)
         return torch.from_numpy(out)
@@ -82,51 +82,3 @@ def _moved(z: Array, previous_z: Array) -> Array:
             length += step * step
         moved[b] = length > 0 and math.isfinite(length)
     return moved
-
-
-@compiled
-def _weights(
-    products: Array,
-    squares: Array,
-    by_images: Array,
-    born: Array,
-    rows: Array,
-    slot: int,
-    count: int,
-    good: bool,
-) -> Array:
-    """Update the small matrices and solve for the weights (B, n) of the image differences."""
-    batch, _, n = products.shape
-    weights = np.empty((batch, n))
-    system, right, scale = np.empty((n, n)), np.empty(n), np.empty(n)
-    for b in range(batch):
-        if rows[b]:
-            born[b, slot] = count
-        for j in range(n):
-            squares[b, j, slot] = products[b, 0, j]
-            squares[b, slot, j] = products[b, 0, j]
-            if good:
-                by_images[b, j, slot] = products[b, 1, j]
-        if good:
-            for j in range(n):
-                by_images[b, slot, j] = products[b, 2, j]
-        for j in range(n):
-            length = squares[b, j, j]
-            scale[j] = 1.0 / math.sqrt(length) if length > 0.0 else 0.0
-        for i in range(n):
-            right[i] = scale[i] * products[b, 3, i] * (1.0 if good else -1.0)
-            for j in range(n):
-                value = squares[b, i, j] if born[b, i] <= born[b, j] else 0.0
-                if good:
-                    value -= by_images[b, i, j]
-                system[i, j] = value * scale[i] * scale[j]
-            if scale[i] == 0.0:  # a step of zero: weight 0
-                system[i, i] += 1.0
-        solve_in_place(system, right)
-        usable = True
-        for j in range(n):
-            right[j] *= scale[j]
-            usable = usable and math.isfinite(right[j])
-        for j in range(n):
-            weights[b, j] = right[j] if usable else 0.0
-    return weights

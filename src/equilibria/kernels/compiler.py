@@ -2,6 +2,9 @@
 
 Sums may be reordered, which is what lets them use the vector units, and products contracted with
 sums; NaN and infinity keep their meaning, because solvers act on them.
+
+What is kept on disk goes by the time stamp of the function's own file. So compiled functions call
+only those of their file: a change elsewhere would not reach them.
 """
 
 from __future__ import annotations

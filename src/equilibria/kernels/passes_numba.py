@@ -139,32 +139,3 @@ push_and_multiply, push_and_multiply_parallel = (
     compiled_parallel(_push_and_multiply),
 )
 mix, mix_parallel = compiled(_mix), compiled_parallel(_mix)
-
-
-@compiled
-def solve_in_place(matrix: Array, right: Array) -> None:
-    """Gaussian elimination with row exchanges; a singular system leaves numbers not finite."""
-    n = right.shape[0]
-    upper = np.empty(n)  # the pivot's row apart, so that the loops over rows can be vectorised
-    for k in range(n):
-        pivot = k
-        for i in range(k + 1, n):
-            if abs(matrix[i, k]) > abs(matrix[pivot, k]):
-                pivot = i
-        for j in range(k, n):
-            upper[j] = matrix[pivot, j]
-            matrix[pivot, j] = matrix[k, j]
-            matrix[k, j] = upper[j]
-        right[k], right[pivot] = right[pivot], right[k]
-        inverse = 1.0 / upper[k]
-        for i in range(k + 1, n):
-            row, factor = matrix[i], matrix[i, k] * inverse
-            if factor != 0:
-                for j in range(k + 1, n):
-                    row[j] -= factor * upper[j]
-                right[i] -= factor * right[k]
-    for k in range(n - 1, -1, -1):
-        row, value = matrix[k], right[k]
-        for j in range(k + 1, n):
-            value -= row[j] * right[j]
-        right[k] = value / row[k]
