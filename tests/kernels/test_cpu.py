@@ -71,6 +71,13 @@ def test_broyden(shape, dtype, history_size, kind, relaxation):
     steps_side_by_side(plain, fused, f, torch.zeros(shape, dtype=dtype), min(shape[1], 8))
 
 
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_broyden_with_room_for_every_pair(kind):
+    plain, fused = (Broyden(None, kind=kind, fused=fused) for fused in (False, True))
+    f = sine(5, 90, torch.float64)
+    steps_side_by_side(plain, fused, f, torch.zeros(5, 90, dtype=torch.float64), 30)
+
+
 @pytest.mark.parametrize("solver", [Anderson(3), Anderson(3, kind="II"), Broyden(3)], ids=repr)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_one_broken_sample_does_not_touch_the_others(solver, bad):

@@ -50,6 +50,8 @@ class Step:
     ) -> None:
         self._history = array(vectors), array(images)
         self._small = array(squares), array(by_images), array(born)
+        batch, size, _ = squares.shape
+        self._inverses = np.empty((batch, size, size)), np.zeros(batch, np.int64)
         self._good = kind == "good"
         self._relaxation = relaxation
 
@@ -65,7 +67,7 @@ class Step:
         roomy = good and count < size
         rows = all_rows(len(arrays[0])) if roomy else _moved(arrays[0], before.arrays[0])
         products = push(*arrays, *before.arrays, *history, slot, filled, good, rows)
-        weights = broyden_weights(products, *self._small, rows, slot, count, good)
+        weights = broyden_weights(products, *self._small, *self._inverses, rows, slot, count, good)
         out = np.empty_like(arrays[0])
         blend(*arrays, *history, weights, self._relaxation, 0, out)
         return torch.from_numpy(out)

@@ -100,15 +100,24 @@ def broyden_weights(
     squares: Array,
     by_images: Array,
     born: Array,
+    inverses: Array,
+    covered: Array,
     rows: Array,
     slot: int,
     count: int,
     good: bool,
 ) -> Array:
-    """Update the small matrices and solve for the weights (B, n) of the image differences."""
+    """Update the small matrices and solve for the weights (B, n) of the image differences.
+
+    While pairs are only added, the inverse of the system (B, size, size) is bordered by one row
+    and column, which takes n^2 operations where elimination takes n^3 / 3. `covered` (B,) says for
+    how many pairs it is known. What it gives is checked; a sample that fails, as one whose oldest
+    pair is replaced, is eliminated anew from then on.
+    """
     batch, _, n = products.shape
     weights = np.empty((batch, n))
-    system, right, scale = np.empty((n, n)), np.empty(n), np.empty(n)
+    system, right = np.empty((n, n)), np.empty(n)
+    scale, above, before = np.empty(n), np.empty(n), np.empty(n)
     for b in range(batch):
         if rows[b]:
             born[b, slot] = count
@@ -120,11 +129,19 @@ def broyden_weights(
         if good:
             for j in range(n):
                 by_images[b, slot, j] = products[b, 2, j]
+        for i in range(n):
+            right[i] = products[b, 3, i] if good else -products[b, 3, i]
+        if covered[b] == n - 1 == slot == count and _bordered(
+            inverses[b], squares[b], by_images[b], good, right, above, before, weights[b]
+        ):
+            covered[b] = n
+            continue
+        covered[b] = -1
         for j in range(n):
             length = squares[b, j, j]
             scale[j] = 1.0 / math.sqrt(length) if length > 0.0 else 0.0
         for i in range(n):
-            right[i] = scale[i] * products[b, 3, i] * (1.0 if good else -1.0)
+            right[i] *= scale[i]
             for j in range(n):
                 value = squares[b, i, j] if born[b, i] <= born[b, j] else 0.0
                 if good:
@@ -140,6 +157,67 @@ def broyden_weights(
         for j in range(n):
             weights[b, j] = right[j] if usable else 0.0
     return weights
+
+
+@compiled
+def _bordered(
+    inverse: Array,
+    squares: Array,
+    by_images: Array,
+    good: bool,
+    right: Array,
+    above: Array,
+    before: Array,
+    weights: Array,
+) -> bool:
+    """Border the inverse by the newest pair and write the weights; whether they solve the system.
+
+    With column c, row r and corner d of the newest pair, u = M^-1 c, v = r M^-1, and s = d - r u:
+
+        [M c; r d]^-1 = [M^-1 + u v / s, -u / s; -v / s, 1 / s]
+    """
+    m = right.shape[0] - 1
+    corner = squares[m, m] - (by_images[m, m] if good else 0.0)
+    for i in range(m):
+        above[i], before[i] = 0.0, 0.0
+    for i in range(m):
+        row, column, new = inverse[i], 0.0, -by_images[m, i] if good else 0.0
+        for j in range(m):
+            entry = squares[j, m] - by_images[j, m] if good else squares[j, m]
+            column += row[j] * entry
+        if new != 0.0:
+            for j in range(m):
+                before[j] += new * row[j]
+        above[i] = column
+    pivot = corner
+    if good:
+        for i in range(m):
+            pivot += by_images[m, i] * above[i]
+    share = 1.0 / pivot
+    if not math.isfinite(share):
+        return False
+    for i in range(m):
+        row, factor = inverse[i], above[i] * share
+        for j in range(m):
+            row[j] += factor * before[j]
+        inverse[i, m] = -factor
+    for j in range(m):
+        inverse[m, j] = -share * before[j]
+    inverse[m, m] = share
+    size = 0.0
+    for i in range(m + 1):
+        row, value = inverse[i], 0.0
+        for j in range(m + 1):
+            value += row[j] * right[j]
+        weights[i] = value
+    off = 0.0  # of the new row, where all of the inverse has a part
+    for j in range(m + 1):
+        entry = -by_images[m, j] if good else 0.0
+        if j == m:
+            entry += squares[m, m]
+        off += entry * weights[j]
+        size += abs(entry * weights[j])
+    return math.isfinite(size) and abs(off - right[m]) <= 1e-9 * (size + abs(right[m]))
 
 
 @compiled

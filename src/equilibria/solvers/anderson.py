@@ -241,7 +241,9 @@ def _weights_second(
     row, right = inner_products(difference, vectors), inner_products(residual, vectors)
     state.gram.set_column(slot, row)
     state.gram.set_row(slot, row)
-    scale, unit = _normalised(state, state.gram.leading(vectors.shape[1]), settings.min_angle)
+    gram = state.gram.leading(vectors.shape[1])
+    scale = _scales(state, gram, settings.min_angle)
+    unit = _scaled(gram, scale)
     ones = torch.full_like(scale, 1.0 + settings.ridge)
     return _solve(torch.diagonal_scatter(unit, ones, dim1=1, dim2=2), scale, right)
 
@@ -265,7 +267,7 @@ def _weights_first(
     # R = F - S is negative on a contraction; so is what is kept, and with it the weights.
     state.gram.set_column(slot, by_step - by_image)
     state.gram.set_row(slot, by_step - over_images)
-    scale, _ = _normalised(state, state.squares.leading(n), settings.min_angle)
+    scale = _scales(state, state.squares.leading(n), settings.min_angle)
     unit = _scaled(state.gram.leading(n), scale)
     # Positive on a contraction, so that adding the ridge takes the system away from singular.
     shift = torch.where(scale > 0, settings.ridge, 1.0).to(scale.dtype)
@@ -278,10 +280,10 @@ def _last(state: AndersonState) -> tuple[Iterate, Tensor]:
     return state.previous, state.previous_residual
 
 
-def _normalised(state: AndersonState, squares: Tensor, min_angle: float) -> tuple[Tensor, Tensor]:
-    """One over the lengths (B, n), and the products of unit vectors (B, n, n).
+def _scales(state: AndersonState, squares: Tensor, min_angle: float) -> Tensor:
+    """One over the lengths (B, n).
 
-    Both are 0, and so is the weight, for columns that do not count: what the safeguard dropped and
+    0, and so is the weight, for columns that do not count: what the safeguard dropped and
     what newer columns span. Columns of zeros (a sample that no longer moves) are such, too.
     """
     newest = state.test_differences.newest
@@ -290,11 +292,10 @@ def _normalised(state: AndersonState, squares: Tensor, min_angle: float) -> tupl
     scale = lengths.clamp_min(torch.finfo(lengths.dtype).tiny ** (2 / 3)).rsqrt()
     if state.guard is not None:
         scale = torch.where(state.guard.remember(newest, lengths.shape[1]), scale, 0.0)
-    unit = _scaled(squares, scale)
     if min_angle == 0.0:
-        return scale, unit
-    scale = torch.where(_sines(unit.detach(), newest) >= min_angle, scale, 0.0)
-    return scale, _scaled(squares, scale)
+        return scale
+    sines = _sines(_scaled(squares, scale).detach(), newest)
+    return torch.where(sines >= min_angle, scale, 0.0)
 
 
 def _scaled(matrix: Tensor, scale: Tensor) -> Tensor:
