@@ -115,12 +115,13 @@ def measure(
 
     `fused` are the compiled steps "bookkeeping", if there are any.
     """
+    if fused is not None and scale is None:
+        norms = fused.norms(*iterate.arrays)
+        measured = Measurement(*torch.from_numpy(norms).unbind())
+        measured.kernels, measured.__dict__["arrays_"] = fused, tuple(norms)
+        return measured
     with torch.no_grad():
-        if fused is not None:
-            measured = Measurement(*fused.norms(*iterate.arrays).unbind())
-            measured.kernels = fused
-        else:
-            measured = Measurement(rms(iterate.residual), rms(iterate.fz))
+        measured = Measurement(rms(iterate.residual), rms(iterate.fz))
         return measured if scale is None else Measurement(*(norm * scale for norm in measured))
 
 

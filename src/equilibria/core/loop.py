@@ -158,13 +158,15 @@ def _closed(codes: Tensor | None, measured: Measurement) -> Tensor:
     return torch.where(codes == RUNNING, Status.MAX_STEPS, codes)
 
 
-@dataclass(frozen=True)
 class _Evaluator:
     """What a solver sees of the problem during one step; implements `Evaluate`."""
 
-    problem: Problem
-    frozen: tuple[Tensor, Tensor] | None
-    record: bool
+    def __init__(
+        self, problem: Problem, frozen: tuple[Tensor, Tensor] | None, record: bool
+    ) -> None:
+        self.problem = problem
+        self.frozen = frozen
+        self.record = record
 
     def __call__(self, z: Tensor) -> Iterate:
         return self.problem.evaluate(self._hold(z), record=self.record)

@@ -133,8 +133,7 @@ class Problem:
 
     def call(self, state: State) -> State:
         """f on a state, with the masks and weights of this solve."""
-        with self.scope.active():
-            return self.f(state)
+        return self.scope.calling(self.f, state)
 
     def measure(self, iterate: Iterate, fused: ModuleType | None = None) -> Measurement:
         """Norms of residual and image per sample; padding does not count."""
@@ -144,7 +143,9 @@ class Problem:
         """Pair a point with its image; `z` is first rounded to what `f` really sees."""
         if self.layout.rounds:
             z = self.layout.pack(self.layout.unpack(z))
-        with torch.set_grad_enabled(record and torch.is_grad_enabled()):
+        if record or not torch.is_grad_enabled():
+            return Iterate(z, self.image(z))
+        with torch.no_grad():
             return Iterate(z, self.image(z))
 
     def tape(self, z: Tensor) -> tuple[Iterate, tuple[Tensor, ...]]:

@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from equilibria.core.errors import UserError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -42,6 +43,14 @@ class SolveScope:
         outer, _active.scope = _active.scope, self
         try:
             yield
+        finally:
+            _active.scope = outer
+
+    def calling(self, f: Callable[[S], T], argument: S) -> T:
+        """f(argument) with this scope active; what every evaluation goes through."""
+        outer, _active.scope = _active.scope, self
+        try:
+            return f(argument)
         finally:
             _active.scope = outer
 

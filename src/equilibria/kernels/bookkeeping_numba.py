@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from numba import prange
-from torch import Tensor
 
 from equilibria.kernels.compiler import (
     BLOCK,
@@ -25,11 +23,11 @@ from equilibria.kernels.compiler import (
 RUNNING, SUCCESS, DIVERGED, NONFINITE = -1, 0, 3, 4
 
 
-def norms(z: Array, fz: Array) -> Tensor:
+def norms(z: Array, fz: Array) -> Array:
     """Root mean squares of f(z) - z and of f(z), (2, B), in one pass over both."""
     both = np.empty((2, z.shape[0]), z.dtype)
     (_norms_parallel if threads_for(z.size) > 1 else _norms)(z, fz, both)
-    return torch.from_numpy(both)
+    return both
 
 
 def _norms_by_blocks(z: Array, fz: Array, both: Array) -> None:

@@ -12,6 +12,10 @@ import numpy as np
 
 from equilibria.kernels.compiler import Array, compiled
 
+SMALLEST_SQUARE = float(np.finfo(np.float64).tiny) ** (2.0 / 3.0)
+ROUNDING = 10.0 * float(np.finfo(np.float64).eps)
+"""As in `equilibria.solvers.anderson`, for small matrices in double."""
+
 
 @compiled
 def anderson_weights(
@@ -74,9 +78,9 @@ def anderson_weights(
 @compiled
 def _scales(squares: Array, order: Array, min_angle: float, scale: Array, factor: Array) -> None:
     """One over the lengths; 0 for what newer differences span, by Cholesky from the newest on."""
-    info, n = np.finfo(squares.dtype), order.shape[0]
+    n = order.shape[0]
     for j in range(n):
-        scale[j] = 1.0 / math.sqrt(max(squares[j, j], info.tiny ** (2.0 / 3.0)))
+        scale[j] = 1.0 / math.sqrt(max(squares[j, j], SMALLEST_SQUARE))
     if min_angle == 0.0:
         return
     for i in range(n):
@@ -85,12 +89,13 @@ def _scales(squares: Array, order: Array, min_angle: float, scale: Array, factor
             column = order[k]
             value = squares[row, column] * scale[row] * scale[column]
             if i == k:
-                value += 10.0 * info.eps
+                value += ROUNDING
             for q in range(k):
                 value -= factor[i, q] * factor[k, q]
-            factor[i, k] = math.sqrt(value) if i == k else value / factor[k, k]
+            # on the diagonal the inverse of the pivot, so that only it is divided by
+            factor[i, k] = 1.0 / math.sqrt(value) if i == k else value * factor[k, k]
     for i in range(n):
-        if not factor[i, i] >= min_angle:  # so written, because a pivot may be NaN
+        if not min_angle * factor[i, i] <= 1.0:  # so written, because a pivot may be NaN
             scale[order[i]] = 0.0
 
 
@@ -217,7 +222,8 @@ def _bordered(
             entry += squares[m, m]
         off += entry * weights[j]
         size += abs(entry * weights[j])
-    return math.isfinite(size) and abs(off - right[m]) <= 1e-9 * (size + abs(right[m]))
+    solved = bool(abs(off - right[m]) <= 1e-9 * (size + abs(right[m])))
+    return solved and math.isfinite(size)
 
 
 @compiled
