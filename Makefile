@@ -14,7 +14,8 @@ RECIPE :=
 ARGS :=
 
 # One thread per pytest worker: the workers already fill the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+# `python -m` puts this folder on the path, where processes that a test starts look for it.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help train test lint format format-check typecheck imports docs pytest test-slow test-gpu
 .PHONY: install constraints clean mutation-check bench-evaluations bench-tables

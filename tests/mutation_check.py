@@ -76,10 +76,7 @@ TARGETS = (
             Mutation("return z - (1.0 - self.relaxation) * mixed", "return z"),
             Mutation("(scale, 1.0 + settings.ridge)", "(scale, 1.0)"),
             Mutation(".roll(-(newest + 1), 1).flip(1)", ".roll(newest + 1, 1).flip(1)"),
-            Mutation(
-                "_sines(unit.detach(), newest) >= min_angle",
-                "_sines(unit.detach(), newest) >= 0.0",
-            ),
+            Mutation("torch.where(sines >= min_angle", "torch.where(sines >= 0.0"),
             Mutation("state.gram.set_row(slot, row)", "pass"),
             Mutation("alpha=-1.0 if self.kind", "alpha=1.0 if self.kind"),
             Mutation("scale, -right)", "scale, right)"),
@@ -353,11 +350,27 @@ TARGETS = (
         "core/loop",
         (
             "tests/core/test_iteration_loop.py",
-            "tests/core/test_intermediate_states.py",
+            "tests/core/test_compaction.py",
             contract("solvers", "TestPicard"),
         ),
         (
             Mutation("else torch.where(self.frozen[0], z, self.frozen[1])", "else z"),
+            Mutation("step == max_steps:", "False:"),
+            Mutation("measured = measured.of_rows(rows)", "pass"),
+            Mutation("Iterate(*(tensor[rows] for tensor in current))", "current"),
+            Mutation("termination.select(termination_state, rows)", "termination_state"),
+            Mutation("ledger.origin, posed.num_evals", "rows, posed.num_evals"),
+            Mutation("problem.num_evals = posed.num_evals", "pass"),
+        ),
+    ),
+    Target(
+        "core/ledger",
+        (
+            "tests/core/test_iteration_loop.py",
+            "tests/core/test_compaction.py",
+            contract("solvers", "TestPicard"),
+        ),
+        (
             Mutation(
                 "measured.residual < self.measurement.residual",
                 "measured.residual > self.measurement.residual",
@@ -365,13 +378,87 @@ TARGETS = (
             Mutation("| (codes == Status.SUCCESS)", ""),
             Mutation("(worth & (codes != Status.DIVERGED))", "worth"),
             Mutation("torch.where(finished, step, self", "torch.where(finished, step + 1, self"),
-            Mutation("(finite, codes, Status.NONFINITE)", "(finite, codes, Status.DIVERGED)"),
+            Mutation(
+                "(measured.residual), codes, Status.NONFINITE", "(measured.residual), codes, 3"
+            ),
             Mutation("self._finish(active & (codes != RUNNING)", "self._finish((codes != RUNNING)"),
             Mutation("choose(finite, current, self._first)", "current"),
-            Mutation("step == max_steps:", "False:"),
+            Mutation("self._archive.origin = self._archive.origin[rows]", "pass"),
+            Mutation("whole[self.origin] = part", "whole[: len(part)] = part"),
+        ),
+    ),
+    Target(
+        "core/waypoints",
+        ("tests/core/test_intermediate_states.py",),
+        (
             Mutation(
-                "for made, z in states.items() if made < step", "for made, z in states.items()"
+                "[z for step, z in self._states.items() if step < num_steps]",
+                "[z for step, z in self._states.items()]",
             ),
+        ),
+    ),
+    Target(
+        "core/scope",
+        ("tests/core/test_scope.py", "tests/core/test_compaction.py"),
+        (
+            Mutation("key = (key, rows)", "pass"),
+            Mutation("whole[self._samples]", "whole[: len(self._samples)]"),
+            Mutation("if rows != len(self._samples)", "if False"),
+        ),
+    ),
+    Target(
+        "kernels/small_systems_numba",
+        ("tests/kernels/test_cpu.py", "tests/solvers/test_broyden.py"),
+        (
+            Mutation("by_test[j] - image_by_test[j]", "by_test[j] + image_by_test[j]"),
+            Mutation("by_test[j] - test_by_image[j]", "by_test[j] - image_by_test[j]"),
+            Mutation("unit[i, i] += ridge", "pass"),
+            Mutation("right[j] *= scale[j] if first", "right[j] *= -scale[j] if first"),
+            Mutation("order[i] = (slot - i) % n", "order[i] = i"),
+            Mutation("inverse[i, m] = -factor", "inverse[i, m] = factor"),
+            Mutation("row[j] += factor * before[j]", "row[j] -= factor * before[j]"),
+            Mutation("born[b, i] <= born[b, j]", "born[b, i] >= born[b, j]"),
+            Mutation("row[j] -= factor * upper[j]", "row[j] += factor * upper[j]"),
+            Mutation("covered[b] = n\n", "covered[b] = -1\n"),
+        ),
+    ),
+    Target(
+        "kernels/passes_numba",
+        ("tests/kernels/test_cpu.py",),
+        (
+            Mutation("test_by_image += test[i]", "test_by_image += image[i]"),
+            Mutation("if rows[b]:", "if True:"),
+            Mutation("target[i] += weight * image[i]", "target[i] -= weight * image[i]"),
+            Mutation("(one - c) * here[i]", "c * here[i]"),
+            Mutation("residual[i] - (image_before[i]", "residual[i] + (image_before[i]"),
+        ),
+    ),
+    Target(
+        "kernels/gmres_numba",
+        ("tests/kernels/test_cpu.py", "tests/linear/test_gmres.py"),
+        (
+            Mutation("(1.0 if j == k else 0.0) - coeff", "(1.0 if j == k else 0.0) + coeff"),
+            Mutation("cosine * lower - sine * upper", "cosine * lower + sine * upper"),
+            Mutation("-sine * before", "sine * before"),
+            Mutation("there[i] += weight * vector[i]", "there[i] -= weight * vector[i]"),
+            Mutation("spent[b, i] -= columns", "spent[b, i] += columns"),
+            Mutation("useless = target[b] > 0 and", "useless = target[b] < 0 and"),
+        ),
+    ),
+    Target(
+        "kernels/bookkeeping_numba",
+        (
+            "tests/kernels/test_cpu.py",
+            "tests/core/test_iteration_loop.py",
+            "tests/terminations/test_giving_up.py",
+        ),
+        (
+            Mutation("difference * difference", "difference"),
+            Mutation("residual[b] <= size[b] and", ""),
+            Mutation("f * shrink * shrink", "f"),
+            Mutation("better or code == SUCCESS", "better"),
+            Mutation("status[b], num_steps[b] = code, step", "status[b] = code"),
+            Mutation("and code != DIVERGED", ""),
         ),
     ),
 )
