@@ -419,7 +419,6 @@ TARGETS = (
             Mutation("row[j] += factor * before[j]", "row[j] -= factor * before[j]"),
             Mutation("born[b, i] <= born[b, j]", "born[b, i] >= born[b, j]"),
             Mutation("row[j] -= factor * upper[j]", "row[j] += factor * upper[j]"),
-            Mutation("covered[b] = n\n", "covered[b] = -1\n"),
         ),
     ),
     Target(
