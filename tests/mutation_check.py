@@ -354,9 +354,10 @@ TARGETS = (
             contract("solvers", "TestPicard"),
         ),
         (
-            Mutation("else torch.where(self.frozen[0], z, self.frozen[1])", "else z"),
+            Mutation(
+                "return choose_rows(self.frozen[0], z, self.frozen[1], self.fused)", "return z"
+            ),
             Mutation("step == max_steps:", "False:"),
-            Mutation("measured = measured.of_rows(rows)", "pass"),
             Mutation("Iterate(*(tensor[rows] for tensor in current))", "current"),
             Mutation("termination.select(termination_state, rows)", "termination_state"),
             Mutation("ledger.origin, posed.num_evals", "rows, posed.num_evals"),
@@ -368,6 +369,8 @@ TARGETS = (
         (
             "tests/core/test_iteration_loop.py",
             "tests/core/test_compaction.py",
+            "tests/core/test_intermediate_states.py",
+            "tests/terminations/test_runaways.py",
             contract("solvers", "TestPicard"),
         ),
         (
@@ -412,11 +415,17 @@ TARGETS = (
         (
             Mutation("by_test[j] - image_by_test[j]", "by_test[j] + image_by_test[j]"),
             Mutation("by_test[j] - test_by_image[j]", "by_test[j] - image_by_test[j]"),
-            Mutation("unit[i, i] += ridge", "pass"),
-            Mutation("right[j] *= scale[j] if first", "right[j] *= -scale[j] if first"),
+            Mutation("unit[i, i, lane] += ridge", "pass"),
+            Mutation(
+                "(1.0 if first else -1.0)\n                total", "1.0\n                total"
+            ),
+            Mutation(
+                "below[lane] -= factor[lane] * above[lane]\n            below",
+                "pass\n            below",
+            ),
+            Mutation("min_angle * lower[i, i, lane] <= 1.0", "0.0 * lower[i, i, lane] <= 1.0"),
             Mutation("order[i] = (slot - i) % n", "order[i] = i"),
             Mutation("inverse[i, m] = -factor", "inverse[i, m] = factor"),
-            Mutation("row[j] += factor * before[j]", "row[j] -= factor * before[j]"),
             Mutation("born[b, i] <= born[b, j]", "born[b, i] >= born[b, j]"),
             Mutation("row[j] -= factor * upper[j]", "row[j] += factor * upper[j]"),
         ),

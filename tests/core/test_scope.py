@@ -316,3 +316,13 @@ def test_a_scope_makes_values_in_the_grad_mode_it_began_in() -> None:
         silent = SolveScope()
         assert recording.once("w", lambda: 2 * weight).requires_grad
     assert not silent.once("w", lambda: 2 * weight).requires_grad
+
+
+def test_values_by_sample_are_kept_apart_by_their_number_of_rows() -> None:
+    with solve_scope() as scope:
+        two, three = (once("mask", lambda n=n: torch.randn(n, 4), rows=n) for n in (2, 3))
+        assert (two.shape, three.shape) == ((2, 4), (3, 4))
+        assert once("mask", lambda: torch.zeros(2, 4), rows=2) is two
+        part = scope.of_samples(torch.tensor([1]), 2)
+        with part.active():
+            assert torch.equal(once("mask", lambda: torch.zeros(1, 4), rows=1), two[1:])

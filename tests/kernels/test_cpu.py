@@ -71,6 +71,18 @@ def test_broyden(shape, dtype, history_size, kind, relaxation):
     steps_side_by_side(plain, fused, f, torch.zeros(shape, dtype=dtype), min(shape[1], 8))
 
 
+@pytest.mark.parametrize("kind", ["I", "II"])
+@pytest.mark.parametrize("min_angle", [0.0, 0.01, 0.5])
+def test_anderson_leaves_out_what_newer_differences_span(kind, min_angle):
+    """More differences than dimensions: which ones count goes by age, around the ring."""
+    options = {"history_size": 4, "kind": kind, "min_angle": min_angle, "ridge": 1e-3}
+    plain, fused = Anderson(**options, fused=False), Anderson(**options, fused=True)
+    rates = torch.tensor([[0.9, -0.8, 0.7]], dtype=torch.float64)
+    x = torch.randn(9, 3, dtype=torch.float64)
+    f = lambda z: torch.sin(rates * z.roll(1, 1) + x)  # noqa: E731
+    steps_side_by_side(plain, fused, f, torch.zeros_like(x), 7)
+
+
 @pytest.mark.parametrize("kind", ["good", "bad"])
 def test_broyden_with_room_for_every_pair(kind):
     plain, fused = (Broyden(None, kind=kind, fused=fused) for fused in (False, True))

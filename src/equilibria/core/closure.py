@@ -26,6 +26,11 @@ def free_point(z: Tensor) -> Tensor:
     return free
 
 
+_WITHOUT_TENSORS = (
+    int, float, complex, str, type(None), torch.dtype, torch.device, torch.Generator, torch.layout,
+)  # fmt: skip
+
+
 class InputRecorder(TorchFunctionMode):
     """Notes every tensor from outside that enters an operation and requires a gradient."""
 
@@ -50,10 +55,20 @@ class InputRecorder(TorchFunctionMode):
         """Look at the arguments, then run the operation as usual."""
         if torch.compiler.is_compiling():  # what f has compiled stays one graph; see `covers`
             return func(*args, **(kwargs or {}))
-        for value in pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor) and id(value) not in self._found:
-                self._consider(value)
+        self._look_at(args)
+        if kwargs:
+            self._look_at(kwargs.values())
         return func(*args, **(kwargs or {}))
+
+    def _look_at(self, values: Iterable[Any]) -> None:
+        """Consider the tensors among values and in what these hold; most arguments hold none."""
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) not in self._found:
+                    self._consider(value)
+            elif not isinstance(value, _WITHOUT_TENSORS):
+                leaves = pytree.tree_leaves(value)
+                self._look_at(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
     def _consider(self, tensor: Tensor) -> None:
         if not tensor.requires_grad or tensor is self._exclude or _is_free_point(tensor):

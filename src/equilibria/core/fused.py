@@ -11,10 +11,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from equilibria.core.errors import UserError
 
 Backend = Literal["numba", "triton"]
+
+
+def carries_derivatives() -> bool:
+    """Whether operations may be recorded, or carry tangents: compiled steps do neither."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
 
 
 class Shared:
@@ -49,7 +55,7 @@ def kernels(name: str, like: Tensor, fused: bool | None) -> ModuleType | None:
     Raises:
         UserError: True, and the package or the precision is missing.
     """
-    if fused is False or torch.is_grad_enabled() or not _is_plain_eager(like):
+    if fused is False or carries_derivatives() or not _is_plain_eager(like):
         return None
     chosen = _backend(like.device.type, like.dtype, fused)
     return None if chosen is None else _module(name, chosen)

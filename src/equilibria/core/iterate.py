@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from equilibria.core.fused import Shared
+from equilibria.core.fused import Shared, as_array, carries_derivatives
 
 
 class _Pair(NamedTuple):
@@ -125,13 +125,23 @@ def measure(
         return measured if scale is None else Measurement(*(norm * scale for norm in measured))
 
 
-def choose(rows: Tensor, where_true: Iterate, where_false: Iterate) -> Iterate:
-    """Pick whole samples from two iterates by a mask `rows` (B,).
+def choose(
+    rows: Tensor, where_true: Iterate, where_false: Iterate, fused: ModuleType | None = None
+) -> Iterate:
+    """Pick whole samples from two iterates by a mask `rows` (B,)."""
+    both = zip(where_true, where_false, strict=True)
+    return Iterate(*(choose_rows(rows, one, other, fused) for one, other in both))
 
-    `torch.where`, never multiplication: 0 * NaN is NaN and would poison a finished sample.
+
+def choose_rows(
+    rows: Tensor, where_true: Tensor, where_false: Tensor, fused: ModuleType | None = None
+) -> Tensor:
+    """Pick whole rows from two tensors (B, D) by a mask `rows` (B,).
+
+    A choice, never multiplication: 0 * NaN is NaN and would poison a finished sample. `fused` is
+    the compiled "bookkeeping", which is quicker for small states.
     """
-    mask = rows.unsqueeze(-1)
-    return Iterate(
-        torch.where(mask, where_true.z, where_false.z),
-        torch.where(mask, where_true.fz, where_false.fz),
-    )
+    if fused is not None and not carries_derivatives() and fused.is_small(where_true.numel()):
+        arrays = (as_array(tensor) for tensor in (rows, where_true, where_false))
+        return torch.from_numpy(fused.choose(*arrays))
+    return torch.where(rows.unsqueeze(-1), where_true, where_false)

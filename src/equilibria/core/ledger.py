@@ -33,7 +33,7 @@ class Ledger:
         self.status = torch.full((batch,), RUNNING, dtype=torch.int8, device=device)
         self.num_steps = torch.zeros(batch, dtype=torch.int64, device=device)
         self.frozen: tuple[Tensor, Tensor] | None = None
-        """Samples that go on (B, 1), and where the others stay; None while all go on."""
+        """Samples that go on (B,), and where the others stay; None while all go on."""
         self._keep: Keep = keep
         self._fused = fused
         self._active: Tensor | None = None  # (B,); None while all go on
@@ -144,7 +144,7 @@ class Ledger:
             self.kept, self.measurement = current, measured
         elif num_taken:
             rows = torch.from_numpy(taken)
-            self.kept = choose(rows, current, self.kept)
+            self.kept = choose(rows, current, self.kept, fused)
             self.measurement = measured.where(rows, self.measurement)
         if num_active == 0:
             return True
@@ -155,7 +155,7 @@ class Ledger:
     def _hold(self) -> bool:
         """Keep the finished samples where they are; the solve goes on."""
         if self._active is not None:
-            self.frozen = self._active.unsqueeze(-1), self.kept.z
+            self.frozen = self._active, self.kept.z
         return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from equilibria.core.autocast import without_autocast
 from equilibria.core.errors import UserError, nearest
 from equilibria.core.fused import bookkeeping
-from equilibria.core.iterate import Iterate, Measurement
+from equilibria.core.iterate import Iterate, Measurement, choose_rows
 from equilibria.core.ledger import BlindLedger, Keep, Ledger
 from equilibria.core.problem import Problem
 from equilibria.core.solver import Solver
@@ -114,14 +115,13 @@ def _iterate(
                 ledger.part_with_finished(rows)
                 posed = problem.restricted(ledger.origin, posed.num_evals)
                 current = Iterate(*(tensor[rows] for tensor in current))
-                measured = measured.of_rows(rows)
                 termination_state = termination.select(termination_state, rows)
                 solver_state = solver.select(solver_state, rows)
 
         # The image of the last point serves the report only; a solver with evaluations on the
         # way to that point needs those recorded.
         unrecorded = step + 1 == max_steps and solver.single_evaluation
-        evaluate = _Evaluator(posed, ledger.frozen, record=taping and not unrecorded)
+        evaluate = _Evaluator(posed, ledger.frozen, taping and not unrecorded, fused)
         current, solver_state = solver.step(evaluate, current, solver_state)
         measured = posed.measure(current, fused)
         waypoints.enter(step + 1, current.z)
@@ -162,11 +162,16 @@ class _Evaluator:
     """What a solver sees of the problem during one step; implements `Evaluate`."""
 
     def __init__(
-        self, problem: Problem, frozen: tuple[Tensor, Tensor] | None, record: bool
+        self,
+        problem: Problem,
+        frozen: tuple[Tensor, Tensor] | None,
+        record: bool,
+        fused: ModuleType | None,
     ) -> None:
         self.problem = problem
         self.frozen = frozen
         self.record = record
+        self.fused = fused
 
     def __call__(self, z: Tensor) -> Iterate:
         return self.problem.evaluate(self._hold(z), record=self.record)
@@ -177,7 +182,9 @@ class _Evaluator:
 
     def _hold(self, z: Tensor) -> Tensor:
         """Finished samples stay where they are."""
-        return z if self.frozen is None else torch.where(self.frozen[0], z, self.frozen[1])
+        if self.frozen is None:
+            return z
+        return choose_rows(self.frozen[0], z, self.frozen[1], self.fused)
 
 
 def _stacked(measurements: list[Measurement]) -> Measurement:

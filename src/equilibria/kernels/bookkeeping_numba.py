@@ -12,6 +12,7 @@ from numba import prange
 
 from equilibria.kernels.compiler import (
     BLOCK,
+    SMALL,
     Array,
     compiled,
     compiled_exactly,
@@ -21,6 +22,11 @@ from equilibria.kernels.compiler import (
 
 # As in equilibria.core.status, which this lowest layer does not know.
 RUNNING, SUCCESS, DIVERGED, NONFINITE = -1, 0, 3, 4
+
+
+def is_small(size: int) -> bool:
+    """Whether so few floats are worked on faster here than by PyTorch's threads."""
+    return size < SMALL
 
 
 def norms(z: Array, fz: Array) -> Array:
@@ -76,6 +82,17 @@ def all_less(a: Array, b: Array) -> bool:
     for i in range(a.shape[0]):
         less = less and a[i] < b[i]
     return less
+
+
+@compiled_exactly
+def choose(rows: Array, where_true: Array, where_false: Array) -> Array:
+    """Rows of one array where the mask says so, of the other elsewhere."""
+    chosen = np.empty_like(where_true)
+    for b in range(rows.shape[0]):
+        source = where_true if rows[b] else where_false
+        for i in range(chosen.shape[1]):
+            chosen[b, i] = source[b, i]
+    return chosen
 
 
 @compiled_exactly

@@ -17,6 +17,10 @@ ROUNDING = 10.0 * float(np.finfo(np.float64).eps)
 """As in `equilibria.solvers.anderson`, for small matrices in double."""
 
 
+LANES = 8
+"""Samples that Anderson's systems are solved for at a time, one to each lane of a vector unit."""
+
+
 @compiled
 def anderson_weights(
     products: Array,
@@ -30,73 +34,152 @@ def anderson_weights(
     """Update the small matrices and solve for -gamma (B, n), the weights of image differences."""
     batch, _, n = products.shape
     weights = np.empty((batch, n))
-    unit, factor, right, scale = np.empty((n, n)), np.empty((n, n)), np.empty(n), np.empty(n)
     order = np.empty(n, np.int64)  # newest first
     for i in range(n):
         order[i] = (slot - i) % n
-    for b in range(batch):
-        by_test, image_by_test = products[b, 0], products[b, 1]
-        test_by_image, residual_by_test = products[b, 2], products[b, 3]
-        small = gram[b]
-        if first:
-            for j in range(n):
-                squares[b, j, slot] = by_test[j]
-                squares[b, slot, j] = by_test[j]
-                # S - F is positive on a contraction, R = F - S is not.
-                small[j, slot] = by_test[j] - image_by_test[j]
-            for j in range(n):
-                small[slot, j] = by_test[j] - test_by_image[j]
-            _scales(squares[b], order, min_angle, scale, factor)
-        else:
-            for j in range(n):
-                small[j, slot] = by_test[j]
-                small[slot, j] = by_test[j]
-            _scales(small, order, min_angle, scale, factor)
+    unit, factor = np.empty((n, n, LANES)), np.empty((n, n, LANES))
+    lower, right, scale = np.empty((n, n, LANES)), np.empty((n, LANES)), np.empty((n, LANES))
+    system, alone = np.empty((n, n)), np.empty(n)
+    for begin in range(0, batch, LANES):
+        lanes = min(LANES, batch - begin)
+        for lane in range(lanes):
+            b = begin + lane
+            _update(products[b], squares[b], gram[b], slot, first)
+        for lane in range(LANES):
+            b = begin + min(lane, lanes - 1)  # lanes left over do the last sample again
+            lengths = squares[b] if first else gram[b]
+            for i in range(n):
+                for j in range(n):
+                    factor[i, j, lane] = lengths[i, j]
+                    unit[i, j, lane] = gram[b, i, j]
+                right[i, lane] = products[b, 3, i]
+        _scales(factor, order, min_angle, scale, lower)
         for i in range(n):
-            right[i] = scale[i] * residual_by_test[i]
+            for lane in range(LANES):
+                right[i, lane] = right[i, lane] * scale[i, lane] if scale[i, lane] != 0.0 else 0.0
             for j in range(n):
-                unit[i, j] = small[i, j] * scale[i] * scale[j]
-                if scale[i] == 0.0 or scale[j] == 0.0:
-                    unit[i, j] = 0.0  # whatever is there, finite or not
-            if scale[i] == 0.0:
-                right[i], unit[i, i] = 0.0, 1.0
-            elif first:
-                unit[i, i] += ridge
-            else:
-                unit[i, i] = 1.0 + ridge
-        _solve_in_place(unit, right)
-        total = 0.0
-        for j in range(n):
-            right[j] *= scale[j] if first else -scale[j]
-            total += right[j]
-        usable = math.isfinite(total)  # else the plain step
-        for j in range(n):
-            weights[b, j] = right[j] if usable else 0.0
+                for lane in range(LANES):
+                    both = scale[i, lane] * scale[j, lane]
+                    # whatever is there, finite or not
+                    unit[i, j, lane] = unit[i, j, lane] * both if both != 0.0 else 0.0
+            for lane in range(LANES):
+                if scale[i, lane] == 0.0:
+                    unit[i, i, lane] = 1.0
+                elif first:
+                    unit[i, i, lane] += ridge
+                else:
+                    unit[i, i, lane] = 1.0 + ridge
+        _eliminate(unit, right, lower, factor)
+        for lane in range(lanes):
+            b, total, off, size = begin + lane, 0.0, 0.0, 0.0
+            for i in range(n):
+                value = 0.0
+                for j in range(n):
+                    value += unit[i, j, lane] * factor[j, 0, lane]
+                off += abs(value - right[i, lane])
+                size += abs(right[i, lane])
+            if not off <= 1e-10 * size:  # small pivots, or NaN: exchange rows
+                for i in range(n):
+                    alone[i] = right[i, lane]
+                    for j in range(n):
+                        system[i, j] = unit[i, j, lane]
+                _solve_in_place(system, alone)
+                for i in range(n):
+                    factor[i, 0, lane] = alone[i]
+            for i in range(n):
+                weights[b, i] = factor[i, 0, lane] * scale[i, lane] * (1.0 if first else -1.0)
+                total += weights[b, i]
+            if not math.isfinite(total):  # the plain step
+                for i in range(n):
+                    weights[b, i] = 0.0
     return weights
 
 
 @compiled
-def _scales(squares: Array, order: Array, min_angle: float, scale: Array, factor: Array) -> None:
+def _update(products: Array, squares: Array, gram: Array, slot: int, first: bool) -> None:
+    """Write the new row and column of one sample."""
+    by_test, image_by_test, test_by_image = products[0], products[1], products[2]
+    for j in range(by_test.shape[0]):
+        if first:
+            squares[j, slot] = by_test[j]
+            squares[slot, j] = by_test[j]
+            # S - F is positive on a contraction, R = F - S is not.
+            gram[j, slot] = by_test[j] - image_by_test[j]
+        else:
+            gram[j, slot] = by_test[j]
+            gram[slot, j] = by_test[j]
+    if first:
+        for j in range(by_test.shape[0]):
+            gram[slot, j] = by_test[j] - test_by_image[j]
+
+
+@compiled
+def _scales(squares: Array, order: Array, min_angle: float, scale: Array, lower: Array) -> None:
     """One over the lengths; 0 for what newer differences span, by Cholesky from the newest on."""
     n = order.shape[0]
     for j in range(n):
-        scale[j] = 1.0 / math.sqrt(max(squares[j, j], SMALLEST_SQUARE))
+        for lane in range(LANES):
+            scale[j, lane] = 1.0 / math.sqrt(max(squares[j, j, lane], SMALLEST_SQUARE))
     if min_angle == 0.0:
         return
     for i in range(n):
         row = order[i]
         for k in range(i + 1):
             column = order[k]
-            value = squares[row, column] * scale[row] * scale[column]
-            if i == k:
-                value += ROUNDING
+            value = lower[i, k]
+            for lane in range(LANES):
+                value[lane] = squares[row, column, lane] * scale[row, lane] * scale[column, lane]
             for q in range(k):
-                value -= factor[i, q] * factor[k, q]
+                one, two = lower[i, q], lower[k, q]
+                for lane in range(LANES):
+                    value[lane] -= one[lane] * two[lane]
             # on the diagonal the inverse of the pivot, so that only it is divided by
-            factor[i, k] = 1.0 / math.sqrt(value) if i == k else value * factor[k, k]
+            if i == k:
+                for lane in range(LANES):
+                    value[lane] = 1.0 / math.sqrt(value[lane] + ROUNDING)
+            else:
+                pivot = lower[k, k]
+                for lane in range(LANES):
+                    value[lane] *= pivot[lane]
     for i in range(n):
-        if not min_angle * factor[i, i] <= 1.0:  # so written, because a pivot may be NaN
-            scale[order[i]] = 0.0
+        for lane in range(LANES):
+            if not min_angle * lower[i, i, lane] <= 1.0:  # so written, as a pivot may be NaN
+                scale[order[i], lane] = 0.0
+
+
+@compiled
+def _eliminate(matrix: Array, right: Array, work: Array, solution: Array) -> None:
+    """Solve without exchanging rows, all lanes at once, into solution[:, 0]."""
+    n = right.shape[0]
+    for i in range(n):
+        for j in range(n):
+            for lane in range(LANES):
+                work[i, j, lane] = matrix[i, j, lane]
+        for lane in range(LANES):
+            solution[i, 0, lane] = right[i, lane]
+    for k in range(n):
+        pivot = work[k, k]
+        for lane in range(LANES):
+            pivot[lane] = 1.0 / pivot[lane]
+        for i in range(k + 1, n):
+            factor = work[i, k]
+            for lane in range(LANES):
+                factor[lane] *= pivot[lane]
+            for j in range(k + 1, n):
+                below, above = work[i, j], work[k, j]
+                for lane in range(LANES):
+                    below[lane] -= factor[lane] * above[lane]
+            below, above = solution[i, 0], solution[k, 0]
+            for lane in range(LANES):
+                below[lane] -= factor[lane] * above[lane]
+    for k in range(n - 1, -1, -1):
+        value, pivot = solution[k, 0], work[k, k]
+        for j in range(k + 1, n):
+            above, solved = work[k, j], solution[j, 0]
+            for lane in range(LANES):
+                value[lane] -= above[lane] * solved[lane]
+        for lane in range(LANES):
+            value[lane] *= pivot[lane]
 
 
 @compiled
