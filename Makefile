@@ -18,7 +18,7 @@ ARGS :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help train test lint format format-check typecheck imports docs pytest test-slow test-gpu
-.PHONY: install constraints clean mutation-check bench-evaluations bench-tables
+.PHONY: install constraints clean mutation-check bench bench-gpu bench-evaluations bench-tables
 .NOTPARALLEL:
 
 help: ## this list
@@ -60,6 +60,17 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 
 mutation-check: $(STAMP) ## break the code on purpose and see a test fail (half an hour); ARGS="linear/gmres"
 	$(BIN)/python tests/mutation_check.py $(ARGS)
+
+bench: $(STAMP) ## measure time and memory on the CPU (about 15 minutes), then pictures and tables
+	@$(BIN)/python -c 'import torchdeq' || { \
+		echo "error: torchdeq is missing: $(BIN)/python -m pip install -e '.[peers]'" >&2; exit 1; }
+	set -e; for name in overhead training_step mixed_difficulty memory scaling; do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name; done
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.tables
+
+bench-gpu: $(STAMP) ## run what is still to be measured on this GPU; ARGS="--only kernels"
+	$(BIN)/python -m benchmarks.gpu.run_queue $(ARGS)
 
 bench-evaluations: $(STAMP) ## count evaluations against other libraries (about ten minutes)
 	@$(BIN)/python -c 'import jaxopt, optimistix, torchdeq' || { \

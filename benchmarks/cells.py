@@ -12,9 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equilibria.models.deq_transformer import DEQTransformerCell, DEQTransformerConfig
+from equilibria.models.deq_transformer import (
+    DEQTransformerCell,
+    DEQTransformerConfig,
+    Memory,
+)
 
 Map = Callable[[Tensor], Tensor]
+Device = torch.device | str
 
 
 @dataclass(frozen=True)
@@ -27,44 +32,116 @@ class Work:
     z0: Tensor
 
 
-def tiny() -> Work:
-    """tanh(W z + U x), 64 units, batch 32: all dispatch, no arithmetic."""
+def tanh(
+    batch: int = 32,
+    *,
+    compiled: bool = False,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Work:
+    """tanh(W z + U x), 64 units: all dispatch, no arithmetic."""
     torch.manual_seed(0)
     hidden, inputs = nn.Linear(64, 64), nn.Linear(32, 64)
     nn.init.orthogonal_(hidden.weight, gain=0.9)
-    x = torch.randn(32, 32)
+    module = nn.ModuleList([hidden, inputs]).to(device, dtype)
+    x = torch.randn(batch, 32).to(device, dtype)
+
+    def evaluate(z: Tensor, injection: Tensor) -> Tensor:
+        return torch.tanh(hidden(z) + injection)
+
+    call = torch.compile(evaluate) if compiled else evaluate
 
     def prepare() -> Map:
         injection = inputs(x)
-        return lambda z: torch.tanh(hidden(z) + injection)
+        return lambda z: call(z, injection)
 
-    return Work("tanh, 32 x 64", nn.ModuleList([hidden, inputs]), prepare, torch.zeros(32, 64))
+    about = f"tanh, {batch} x 64{', compiled' if compiled else ''}"
+    return Work(about, module, prepare, x.new_zeros(batch, 64))
 
 
-def transformer(d_model: int, num_heads: int, d_inner: int, length: int, batch: int) -> Work:
-    """A DEQ-Transformer block without memory, made as well-behaved as a trained one by hand.
+@dataclass(frozen=True)
+class TransformerSize:
+    """A DEQ-Transformer block and what is given to it."""
 
-    Weights of 0.6 / sqrt(width), those of the injection four times that: about 30 evaluations to
-    1e-4. At the small initial weights the block changes its state so little per evaluation,
-    beside the layer norms, that no solver gets there soon.
+    d_model: int
+    num_heads: int
+    d_inner: int
+    length: int
+    batch: int
+    memory: int = 0
+    """Positions before the segment that are attended to."""
+
+    @property
+    def about(self) -> str:
+        """In one line."""
+        memory = f" after {self.memory}" if self.memory else ""
+        return (
+            f"DEQ-Transformer block {self.d_model} / {self.d_inner}, "
+            f"{self.batch} x {self.length} tokens{memory}"
+        )
+
+    def cell(self) -> DEQTransformerCell:
+        """The block, made as well-behaved as a trained one by hand.
+
+        Weights of 0.6 / sqrt(width), those of the injection four times that: about 30 evaluations
+        to 1e-4. At the small initial weights the block changes its state so little per evaluation,
+        beside the layer norms, that no solver gets there soon.
+        """
+        torch.manual_seed(0)
+        config = DEQTransformerConfig(
+            d_model=self.d_model, num_heads=self.num_heads, d_inner=self.d_inner,
+            dropout=0.0, weight_norm=False,
+        )  # fmt: skip
+        cell = DEQTransformerCell(config)
+        for name, parameter in cell.named_parameters():
+            gain = 2.4 if name.startswith("injection") else 0.6
+            nn.init.normal_(parameter, std=gain * parameter.shape[-1] ** -0.5)
+        return cell
+
+
+def transformer(
+    size: TransformerSize,
+    *,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    scale: Tensor | None = None,
+) -> Work:
+    """A DEQ-Transformer block and its input.
+
+    Args:
+        size: of the block and its input.
+        device: where to.
+        dtype: of weights and state.
+        autocast: what f computes in, if not in `dtype`. The large weights are cast once per solve,
+            for every library alike.
+        scale: of the input of every sample (B,).
     """
-    torch.manual_seed(0)
-    config = DEQTransformerConfig(
-        d_model=d_model, num_heads=num_heads, d_inner=d_inner, dropout=0.0, weight_norm=False
-    )
-    cell = DEQTransformerCell(config)
-    for name, parameter in cell.named_parameters():
-        gain = 2.4 if name.startswith("injection") else 0.6
-        nn.init.normal_(parameter, std=gain * parameter.shape[-1] ** -0.5)
-    x = torch.randn(batch, length, d_model)
+    cell = size.cell().to(device, dtype)
+    draw = (torch.randn(size.batch, length, size.d_model) for length in (size.length, size.memory))
+    x, past = (drawn.to(device, dtype) for drawn in draw)
+    if scale is not None:
+        x = x * scale.to(device, dtype)[:, None, None]
 
     def prepare() -> Map:
-        injection = cell.inject(x)
-        return lambda z: cell(z.view_as(x), injection).flatten(1)
+        memory = None
+        if size.memory:
+            memory = Memory(torch.tanh(past), cell.injection(past)[..., size.d_model :])
+        injection = cell.inject(x, memory)
+        if autocast is None:
+            return lambda z: cell(z.view_as(x), injection).flatten(1)
+        weights = type(injection.weights)(*(w.to(autocast) for w in injection.weights))
+        narrow = injection._replace(weights=weights)
 
-    z0 = torch.zeros(batch, length * d_model)
-    about = f"DEQ-Transformer block {d_model} / {d_inner}, {batch} x {length} tokens"
-    return Work(about, cell, prepare, z0)
+        def f(z: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, autocast):
+                image = cell(z.view_as(x), narrow)
+            return image.to(z.dtype).flatten(1)
+
+        return f
+
+    z0 = x.new_zeros(size.batch, size.length * size.d_model)
+    return Work(size.about, cell, prepare, z0)
 
 
 class MultiscaleBlock(nn.Module):
@@ -120,7 +197,15 @@ class MultiscaleBlock(nn.Module):
         return norms[2](F.relu(norms[1](inner) + z))
 
 
-def multiscale(batch: int = 8) -> Work:
+def multiscale(
+    batch: int = 4,
+    *,
+    channels: int = 24,
+    size: int = 32,
+    compiled: bool = False,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Work:
     """An MDEQ block on CIFAR shapes, made a contraction by hand and not by training.
 
     At initial weights the published block is none, and no solver gets anywhere. An injection of
@@ -129,26 +214,45 @@ def multiscale(batch: int = 8) -> Work:
     that trained models take.
     """
     torch.manual_seed(0)
-    block = MultiscaleBlock()
+    block = MultiscaleBlock(channels, size=size)
     with torch.no_grad():
         block.down.weight.mul_(4.0)
         for norms in block.norms:
             norms[3].weight.fill_(0.5)
-    x = 5.0 * torch.randn(batch, 24, 32, 32)
-    gain = nn.Parameter(torch.ones(24, 1, 1))
+    x = (5.0 * torch.randn(batch, channels, size, size)).to(device, dtype)
+    gain = nn.Parameter(torch.ones(channels, 1, 1))
+    module = nn.ModuleDict({"block": block, "gain": nn.ParameterList([gain])}).to(device, dtype)
+    (gain,) = module["gain"]
+    if compiled:
+        block.compile()
 
     def prepare() -> Map:
         injection = gain * x
         return lambda z: block(z, injection)
 
-    z0 = torch.zeros(batch, 24 * 32 * 32 + 24 * 16 * 16)
-    module = nn.ModuleDict({"block": block, "gain": nn.ParameterList([gain])})
-    return Work(f"MDEQ block, {batch} x 30720", module, prepare, z0)
+    z0 = x.new_zeros(batch, channels * (size**2 + (size // 2) ** 2))
+    about = f"MDEQ block, {batch} x {z0.shape[1]}{', compiled' if compiled else ''}"
+    return Work(about, module, prepare, z0)
 
 
-WORKS: dict[str, Callable[[], Work]] = {
-    "tiny": tiny,
-    "small transformer": lambda: transformer(128, 4, 512, 64, 8),
-    "multiscale": multiscale,
-    "wide transformer": lambda: transformer(700, 10, 48000, 32, 1),
+SIZES = {
+    "small transformer": TransformerSize(128, 4, 512, length=64, batch=8),
+    "wide transformer": TransformerSize(700, 10, 48000, length=32, batch=1),
 }
+TINY_SIZES = {
+    "small transformer": TransformerSize(16, 2, 32, length=8, batch=2),
+    "wide transformer": TransformerSize(16, 2, 64, length=4, batch=1),
+}
+NAMES = ("tiny", "small transformer", "multiscale", "wide transformer")
+
+
+def build(
+    name: str, *, tiny: bool = False, device: Device = "cpu", dtype: torch.dtype = torch.float32
+) -> Work:
+    """One of `NAMES`; in a dry run as small as it can be."""
+    if name == "tiny":
+        return tanh(4 if tiny else 32, device=device, dtype=dtype)
+    if name == "multiscale":
+        sizes = {"batch": 1, "channels": 8, "size": 4} if tiny else {}
+        return multiscale(**sizes, device=device, dtype=dtype)
+    return transformer((TINY_SIZES if tiny else SIZES)[name], device=device, dtype=dtype)

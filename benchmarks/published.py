@@ -42,7 +42,8 @@ def anderson(
         n = min(step, history_size)
         residuals = images[:, :n] - points[:, :n]
         gram = torch.bmm(residuals, residuals.mT)
-        bordered[:, 1 : n + 1, 1 : n + 1] = gram + ridge * torch.eye(n).to(gram)
+        identity = torch.eye(n, dtype=gram.dtype, device=gram.device)
+        bordered[:, 1 : n + 1, 1 : n + 1] = gram + ridge * identity
         weights = torch.linalg.solve(bordered[:, : n + 1, : n + 1], right[:, : n + 1])[:, 1:]
         slot = step % history_size
         points[:, slot] = torch.bmm(weights.mT, images[:, :n]).squeeze(1)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("equilibria", "torch", "numpy", "scipy", "torchdeq", "jax", "jaxopt", "optimistix")
+PACKAGES = (
+    "equilibria", "torch", "triton", "numba", "numpy", "scipy", "torchdeq", "jax",
+    "jaxopt", "optimistix",
+)  # fmt: skip
 
 
-def save(name: str, **content: Any) -> Path:
-    """Write results/NAME.json: the command, the machine, the versions, and the content."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+def save(name: str, folder: Path = RESULTS, /, **content: Any) -> Path:
+    """Write NAME.json: the command, the commit, the machine, the versions, and the content."""
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
+        "commit": _commit(),
         "machine": f"{_processor()}, {os.cpu_count()} cores{_accelerator()}",
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
@@ -35,9 +40,27 @@ def save(name: str, **content: Any) -> Path:
     return path
 
 
-def load(name: str) -> dict[str, Any]:
-    """Read results/NAME.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """Read NAME.json."""
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def _module() -> str:
+    """What was given to `python -m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"benchmarks.{Path(sys.argv[0]).stem}" if spec is None else spec.name
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with a plus if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        run = subprocess.run(
+            command, cwd=RESULTS.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
 
 
 def _processor() -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import load
+from benchmarks.record import RESULTS, load
 
 DOCS = Path(__file__).parent.parent / "docs"
 OURS = "equilibria"
@@ -304,6 +304,267 @@ def gradients() -> str:
     return _table(columns, [[_code(name), *cells] for name, cells in table.items()])
 
 
+# --- performance -------------------------------------------------------------------------------
+
+PERFORMANCE = ("overhead", "training_step", "mixed_difficulty", "memory", "scaling")
+EQUAL = " at equal residual"
+Spread = Mapping[str, float]
+
+
+def _measured(name: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """A section made of results/NAME.json, or of the words that there is none."""
+
+    def section() -> str:
+        result = load(name) if (RESULTS / f"{name}.json").exists() else {}
+        if "device" not in result:  # none, or one of an earlier form of the benchmark
+            return f"Not measured yet: `python -m benchmarks.{name}`.\n"
+        return make(result)
+
+    return section
+
+
+def overhead_steps(result: dict[str, Any]) -> str:
+    """Microseconds per step of every solver over the shapes, and times the floor."""
+    rows = [row for row in result["rows"] if "picard" in row["microseconds_per_step"]]
+    names = dict.fromkeys(name for row in rows for name in row["microseconds_per_step"])
+    table = [[name, *(_overhead(row, name) for row in rows)] for name in names]
+    return _table(["microseconds per step (times the floor)", *map(_shape, rows)], table)
+
+
+def overhead_ratios(result: dict[str, Any]) -> str:
+    """Overhead of the peers over ours."""
+    rows = [row for row in result["rows"] if "picard" in row["microseconds_per_step"]]
+    pairs = dict.fromkeys(pair for row in rows for pair in row["ratios"])
+    table = [[pair, *(_spread(row["ratios"].get(pair)) for row in rows)] for pair in pairs]
+    return _table(["overhead, median (quartiles)", *map(_shape, rows)], table)
+
+
+def overhead_sweep(result: dict[str, Any]) -> str:
+    """Anderson over the history at the shape of the sweep."""
+    swept = [row for row in result["rows"] if "picard" not in row["microseconds_per_step"]]
+    if not swept:
+        return "Not measured yet: `python -m benchmarks.overhead`.\n"
+    shape = _shape(swept[0])
+    rows = sorted(
+        (row for row in result["rows"] if _shape(row) == shape), key=lambda row: row["history"]
+    )
+    names = swept[0]["microseconds_per_step"]
+    columns = [f"{shape}, history", *(str(row["history"]) for row in rows)]
+    return _table(columns, [[name, *(_overhead(row, name) for row in rows)] for name in names])
+
+
+def _shape(row: Mapping[str, Any]) -> str:
+    return f"{row['batch']} x {row['width']:,}"
+
+
+def _overhead(row: Mapping[str, Any], name: str) -> str:
+    if name not in row["microseconds_per_step"]:
+        return ""
+    median = row["microseconds_per_step"][name]["median"]
+    text = f"{median:,.0f}" if median >= 1000 else f"{median:.3g}"
+    floor = row["over_floor"].get(name)
+    return text if floor is None else f"{text} ({floor['median']:.3g})"
+
+
+def training(result: dict[str, Any]) -> str:
+    """One table per cell: time, cost and what is reached."""
+    return "\n".join(_training_table(row) for row in result["rows"])
+
+
+def _training_table(row: Mapping[str, Any]) -> str:
+    columns = [
+        "method", "ms", "over ours", "evaluations / products", "worst residual, forward / backward",
+        "error of the gradient", "peak MiB",
+    ]  # fmt: skip
+    table: list[list[str]] = []
+    for name, spread in row["milliseconds"].items():
+        cost = row["reached"].get(name, {})
+        table.append(
+            [
+                name,
+                f"{spread['median']:.4g}",
+                _spread(row["ratios"].get(f"{name} / {row['mine']}")),
+                f"{cost['evaluations']:.0f} / {cost['products']:.0f}" if cost else "",
+                f"{cost['residual']:.1e} / {cost['backward_residual']:.1e}" if cost else "",
+                f"{cost['gradient_error']:.1e}" if cost else "",
+                f"{cost['peak_mib']:.3g}" if cost else "",
+            ]
+        )
+    missed = [name for name, found in row["tolerances_at_equal_residual"].items() if found is None]
+    floor = _spread(row["ratios"][f"{row['mine']} / floor"])
+    notes = f"{row['mine']} over the floor: {floor}."
+    if missed:
+        notes += f" Not at equal residual within the step limit: {', '.join(missed)}."
+    return f"**{row['about']}**\n\n{_table(columns, table)}\n{notes}\n"
+
+
+def explicit(result: dict[str, Any]) -> str:
+    """The DEQ beside explicit models of equal parameters."""
+    table: list[list[str]] = []
+    for row in result["rows"]:
+        if "explicit" not in row:
+            continue
+        mine = {
+            "milliseconds": row["milliseconds"][row["mine"]],
+            "parameters": row["parameters"],
+            "peak_mib": row["reached"][row["mine"]]["peak_mib"],
+        }
+        for name, model in {f"DEQ, {row['mine']}": mine, **row["explicit"]}.items():
+            table.append(
+                [
+                    row["about"],
+                    name,
+                    f"{model['parameters']:,}",
+                    f"{model['milliseconds']['median']:.4g}",
+                    f"{model['peak_mib']:.4g}",
+                ]
+            )
+    return _table(["block", "model", "parameters", "ms", "peak MiB"], table)
+
+
+def difficulty(result: dict[str, Any]) -> str:
+    """One table per map: time and rows."""
+    parts: list[str] = []
+    for row in result["results"]:
+        table: list[list[str]] = []
+        for name, spread in row["milliseconds"].items():
+            cost = row["rows"].get(name, {})
+            table.append(
+                [
+                    name,
+                    f"{spread['median']:.4g}",
+                    _spread(row["ratios"].get(f"{name} / {row['mine']}")),
+                    f"{cost['evaluated']:,}" if cost else "",
+                    str(cost.get("evaluated_over_useful", "")),
+                    f"{cost['residual']:.1e}" if cost else "",
+                ]
+            )
+        columns = ["method", "ms", "over the first", "rows", "over useful rows", "worst residual"]
+        steps = next(iter(row["rows"].values()))["steps_quartiles"]
+        quartiles = ", ".join(f"{step:.0f}" for step in steps)
+        parts.append(
+            f"**{row['about']}**; steps of the samples, from least to most by quartiles: "
+            f"{quartiles}\n\n{_table(columns, table)}"
+        )
+    return "\n".join(parts)
+
+
+def memory_training(result: dict[str, Any]) -> str:
+    """Peak of a training step over the number of steps."""
+    return _over_steps("training step", result["training"])
+
+
+def memory_solving(result: dict[str, Any]) -> str:
+    """Peak of a solve over the number of steps."""
+    return _over_steps("solve without gradients", result["solving"])
+
+
+def _over_steps(title: str, methods: Mapping[str, Mapping[str, float]]) -> str:
+    steps = [key for key in next(iter(methods.values())) if key != "growth"]
+    columns = [f"{title}, copies of the state at", *(f"{n} steps" for n in steps), "growth"]
+    rows = [
+        [name, *(f"{peaks[n]:.4g}" for n in steps), f"{peaks['growth']:.4g}"]
+        for name, peaks in methods.items()
+    ]
+    return _table(columns, rows)
+
+
+def memory_history(result: dict[str, Any]) -> str:
+    """Peak of a solve over its history."""
+    columns = ["solver", "steps", "history, states", "peak, states", "peak over history"]
+    rows = [
+        [
+            f"`{row['solver']}`",
+            row["variant"],
+            row["history_states"],
+            row["peak_states"],
+            row["peak_over_history"],
+        ]
+        for row in result["histories"]
+    ]
+    return _table(columns, rows)
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """Exponents, and the peers' time over ours at the largest value."""
+    rows = result["rows"]
+    names = dict.fromkeys(name for row in rows for name in row["exponents"])
+    columns = ["exponent (times ours at the largest)", *(row["dimension"] for row in rows)]
+    table: list[list[str]] = []
+    for name in names:
+        cells: list[str] = []
+        for row in rows:
+            last = row["points"][-1]
+            pair = next((p for p in last["ratios"] if p.startswith(f"{name} / ")), None)
+            exponent = row["exponents"].get(name)
+            shown = "" if exponent is None else f"{exponent:.2f}"
+            cells.append(f"{shown} ({last['ratios'][pair]['median']:.3g})" if pair else shown)
+        table.append([name, *cells])
+    return _table(columns, table)
+
+
+def gpus() -> str:
+    """What there is of every GPU."""
+    folders = sorted(path for path in (RESULTS / "gpu").glob("*") if path.is_dir())
+    if not folders:
+        return (
+            "Nothing has been measured on a GPU yet. What is to be run is in "
+            "`benchmarks/gpu/README.md`.\n"
+        )
+    return "\n".join(f"**{folder.name}**\n\n{_gpu(folder)}" for folder in folders)
+
+
+def _gpu(folder: Path) -> str:
+    steps: list[list[str]] = []
+    shares: list[list[str]] = []
+    for name in ("training_step", "wt103_block", "tiny_and_mdeq"):
+        if not (folder / f"{name}.json").exists():
+            continue
+        for row in load(name, folder)["rows"]:
+            mine, peer = row["mine"], row["best_peer_at_equal_residual"]
+            steps.append(
+                [
+                    f"{row['about']}, {row['name']}",
+                    f"{row['milliseconds'][mine]['median']:.4g}",
+                    "" if peer is None else peer.removesuffix(EQUAL),
+                    "" if peer is None else _spread(row["ratios"][f"{peer} / {mine}"]),
+                    _spread(row["ratios"][f"{mine} / floor"]),
+                ]
+            )
+            shares += [
+                [row["name"], solver, _spread(share)]
+                for solver, share in row.get("share_of_f", {}).items()
+            ]
+    columns = ["training step", "ours, ms", "best peer at equal residual", "over ours"]
+    text = _table([*columns, "ours over the floor"], steps) if steps else ""
+    if shares:
+        text += "\n" + _table(["WikiText-103-size block", "solver", "solver over f"], shares)
+    files = ", ".join(f"`{path.name}`" for path in sorted(folder.glob("*.json")))
+    return f"{text}\nResults: {files}.\n"
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return ""
+    return f"{spread['median']:.3g} ({spread['low']:.3g} to {spread['high']:.3g})"
+
+
+def about_performance() -> str:
+    """Commands, machine and versions of what has been measured."""
+    lines: list[str] = []
+    for name in PERFORMANCE:
+        result = load(name) if (RESULTS / f"{name}.json").exists() else {}
+        if "device" not in result:
+            continue
+        packages = ", ".join(f"{p} {v}" for p, v in result["versions"].items() if v)
+        lines.append(
+            f"- `results/{name}.json`: `{result['command']}`; commit {result['commit']}, "
+            f"{result['date']}; {result['machine']}, {result['threads']} thread; Python "
+            f"{result['python']}; {packages}.\n"
+        )
+    return "".join(lines) or "Nothing has been measured yet: `make bench`.\n"
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "peers.md": {
         "families": families,
@@ -318,6 +579,20 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "solvers": solvers,
         "linear solvers": linear_solvers,
         "gradients": gradients,
+    },
+    "performance.md": {
+        "overhead": _measured("overhead", overhead_steps),
+        "overhead ratios": _measured("overhead", overhead_ratios),
+        "overhead sweep": _measured("overhead", overhead_sweep),
+        "training": _measured("training_step", training),
+        "explicit": _measured("training_step", explicit),
+        "difficulty": _measured("mixed_difficulty", difficulty),
+        "memory training": _measured("memory", memory_training),
+        "memory solving": _measured("memory", memory_solving),
+        "memory history": _measured("memory", memory_history),
+        "scaling": _measured("scaling", scaling),
+        "gpus": gpus,
+        "about performance": about_performance,
     },
 }
 

@@ -37,10 +37,17 @@ class Spread:
 
 
 def interleave(
-    cases: Mapping[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 0.05
+    cases: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 9,
+    seconds: float = 0.05,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds per call of every case in every round; each measurement lasts about `seconds`."""
-    repeats = {name: _repeats(case, seconds) for name, case in cases.items()}
+    """Seconds per call of every case in every round; each measurement lasts about `seconds`.
+
+    `warm` says that every case has been called before.
+    """
+    repeats = {name: _repeats(case, seconds, warm=warm) for name, case in cases.items()}
     measured: dict[str, list[float]] = {name: [] for name in cases}
     order = list(cases)
     for _ in range(rounds):
@@ -60,9 +67,10 @@ def difference(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(above, below, strict=True)]
 
 
-def _repeats(case: Callable[[], object], seconds: float) -> int:
-    """Calls that take about `seconds`; two calls to warm up."""
-    case()
+def _repeats(case: Callable[[], object], seconds: float, *, warm: bool) -> int:
+    """Calls that take about `seconds`; the first call compiles and allocates, the next tells."""
+    if not warm:
+        case()
     once = _time(case, 1)
     return max(1, round(seconds / max(once, 1e-7)))
 
@@ -77,5 +85,5 @@ def _time(case: Callable[[], object], repeats: int) -> float:
 
 
 def _wait() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()

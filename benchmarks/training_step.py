@@ -1,141 +1,83 @@
 """A whole training step: forward solve, backward solve, optimiser; to the same tolerance.
 
-Relative 1e-4 forward and backward. Ours stops when every sample is there, the peers when the
-batch's overall norm is; what was reached is measured afterwards in both ways and reported. The
-"floor" makes as many evaluations and products as ours did, without a solver.
+Relative 1e-4 forward and backward. What was reached is measured afterwards from outside: the worst
+sample's residual, forward and backward, and the error of the gradient of all parameters against
+that of a solve to 1e-8 in float64. A peer that reaches another residual at that tolerance is timed
+once more, "at equal residual": with the loosest tolerances, found by search, at which its worst
+samples are below 1e-4 both ways. The "floor" makes as many evaluations and products as ours did,
+without a solver. The explicit Transformers of equal parameters (explicit.py) are other models:
+what they cost is what a user compares, but they have no residual.
 
-    python -m benchmarks.training_step [NAME ...]
+    python -m benchmarks.training_step [--device cuda] [--tiny] [CELL ...]
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks import published
-from benchmarks.cells import WORKS, Map, Work
-from benchmarks.record import save
-from benchmarks.timing import Spread, interleave, ratio
-from equilibria import Anderson, Broyden, Implicit, Residual, solve
-from equilibria.core.adjoint import AttachGraph
+from benchmarks import cells, explicit, options
+from benchmarks.cells import SIZES, TINY_SIZES, Work
+from benchmarks.methods import (
+    Gradient,
+    Method,
+    Solve,
+    Tolerances,
+    equalised,
+    loss_of,
+    ours,
+    ours_fastest,
+    peers,
+    reached,
+)
+from benchmarks.options import Options
+from benchmarks.peak import peak_bytes
+from benchmarks.timing import Spread, ratio
+from benchmarks.variants import eager
+from equilibria import Anderson, Broyden
+from equilibria.linear.gmres import GMRES
 
-TOLERANCE, MAX_STEPS = 1e-4, 60
-
-
-@dataclass
-class Counted:
-    """A map that counts its calls, recorded calls and products, for the report only."""
-
-    f: Map
-    evaluations: int = 0
-    products: int = 0
-    points: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """Evaluate."""
-        self.evaluations += 1
-        image = self.f(z)
-        if image.requires_grad and z.requires_grad:
-            image.register_hook(self._count)
-        return image
-
-    def _count(self, cotangent: Tensor) -> None:
-        self.products += 1
+TOLERANCE = 1e-4
+SLOW = ("multiscale", "wide transformer")
+"""On CPU, where their steps take seconds."""
+MINE = "ours, Anderson + GMRES"
+EQUAL = " at equal residual"
 
 
-Solve = Callable[[Map, Tensor], Tensor]
-"""f and z0 to z* with its gradient attached."""
-
-
-def ours(solver: Any, backward: Any = None) -> Solve:
-    """With the default backward solver, GMRES, or another."""
-    options = {} if backward is None else {"solver": backward}
-    adjoint = Implicit(rtol=TOLERANCE, max_steps=MAX_STEPS, **options)
-    return lambda f, z0: solve(
-        f, z0, solver=solver, adjoint=adjoint, termination=Residual(TOLERANCE, 0.0),
-        max_steps=MAX_STEPS, on_failure="ignore",
-    ).z  # fmt: skip
-
-
-def torchdeq(name: str) -> Solve:
-    """torchdeq's implicit gradient with the same solver both ways."""
-    from torchdeq import get_deq
-
-    layer = get_deq(
-        ift=True, f_solver=name, b_solver=name, f_tol=TOLERANCE, b_tol=TOLERANCE,
-        f_stop_mode="rel", b_stop_mode="rel", f_max_iter=MAX_STEPS, b_max_iter=MAX_STEPS,
-    )  # fmt: skip
-    return lambda f, z0: layer(f, z0)[0][-1]
-
-
-def first_public_code(f: Map, z0: Tensor) -> Tensor:
-    """Anderson forward, one recorded evaluation, Broyden backward."""
-    with torch.no_grad():
-        z, _ = published.anderson(f, z0, max_steps=MAX_STEPS, tolerance=TOLERANCE)
-    z = z.detach().requires_grad_()
-    with torch.enable_grad():
-        image = f(z)
-
-    def backward(g: Tensor) -> Tensor:
-        def linear(u: Tensor) -> Tensor:
-            return torch.autograd.grad(image, z, u, retain_graph=True)[0] + g
-
-        return published.broyden(linear, torch.zeros_like(g), max_steps=MAX_STEPS,
-                                 tolerance=TOLERANCE)[0]  # fmt: skip
-
-    return AttachGraph.apply(z.detach(), image, "published", backward)
-
-
-METHODS: dict[str, Callable[[], Solve]] = {
-    "ours, Anderson + GMRES": lambda: ours(Anderson()),
-    "ours, Broyden + GMRES": lambda: ours(Broyden()),
-    "torchdeq anderson": lambda: torchdeq("anderson"),
-    "torchdeq broyden": lambda: torchdeq("broyden"),
-    "published": lambda: first_public_code,
-}
+def methods(device: torch.device) -> dict[str, Method]:
+    """Everything that is compared at one tolerance."""
+    return {
+        MINE: ours_fastest(Anderson(), device),
+        "ours, Anderson + GMRES, eager": ours(eager(Anderson()), eager(GMRES())),
+        "ours, Broyden + GMRES": ours_fastest(Broyden(), device),
+        **peers(),
+    }
 
 
 def training_step(work: Work, solve_: Solve) -> Callable[[], None]:
-    """One step of SGD on a loss that pulls the state to a fixed target."""
-    target = torch.randn(work.z0.shape, generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.SGD(work.module.parameters(), lr=0.0)  # weights stay as they are
+    """One step of SGD."""
+    return step_of(work.module, lambda: solve_(work.prepare(), work.z0))
+
+
+def step_of(module: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], None]:
+    """One step of SGD on the loss of what `forward` gives."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)  # weights stay as they are
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        z = solve_(work.prepare(), work.z0)
-        (z - target).square().mean().backward()
+        loss_of(forward()).backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def reached(work: Work, solve_: Solve) -> dict[str, float]:
-    """Residual and cost of one step, counted from outside."""
-    counted = Counted(work.prepare())
-    z = solve_(counted, work.z0)
-    evaluations = counted.evaluations
-    with torch.no_grad():
-        image = counted.f(z.detach())
-    residual = image - z.detach()
-    per_sample = residual.norm(dim=1) / image.norm(dim=1)
-    (z * torch.randn_like(z)).mean().backward()
-    return {
-        "evaluations": evaluations,
-        "products": counted.products,
-        "residual": float(residual.norm() / image.norm()),
-        "worst_sample": float(per_sample.max()),
-    }
 
 
 def floor(work: Work, evaluations: int, products: int) -> Callable[[], None]:
     """The same numbers of evaluations and products, and nothing else."""
 
-    def step() -> None:
+    def forward() -> Tensor:
         f = work.prepare()
         z = work.z0
         with torch.no_grad():
@@ -146,41 +88,143 @@ def floor(work: Work, evaluations: int, products: int) -> Callable[[], None]:
         u = image.detach()
         for _ in range(products - 1):
             u = torch.autograd.grad(image, z, u, retain_graph=True)[0]
-        image.backward(u)
-        work.module.zero_grad(set_to_none=True)
+        return image
 
-    return step
+    return step_of(work.module, forward)
 
 
-def measure(name: str) -> dict[str, Any]:
+def reference(name: str, given: Options) -> tuple[Gradient, dict[str, float]]:
+    """The gradient of a solve in float64, and what that reached."""
+    work = cells.build(name, tiny=given.tiny, device=given.device, dtype=torch.float64)
+    tolerance = 1e-4 if given.tiny else 1e-8
+    costs, gradient = reached(work, ours(Anderson(20), max_steps=300)(tolerance, tolerance))
+    return gradient, costs
+
+
+def measure(name: str, given: Options) -> dict[str, Any]:
     """All methods on one cell."""
-    work = WORKS[name]()
-    solves = {method: make() for method, make in METHODS.items()}
-    costs = {method: reached(work, solve_) for method, solve_ in solves.items()}
+    work = cells.build(name, tiny=given.tiny, device=given.device)
+    exact, reference_costs = reference(name, given)
+    tolerance = 1e-2 if given.tiny else TOLERANCE
+    result = compare(
+        work, methods(given.device), exact, given, title=name, tolerance=tolerance,
+        slow=given.device.type == "cpu" and name in SLOW,
+    )  # fmt: skip
+    size = (TINY_SIZES if given.tiny else SIZES).get(name)
+    if size is not None:
+        result["explicit"] = beside(size, result, given)
+    return {"name": name, "about": work.about, "reference": reference_costs, **result}
+
+
+def compare(
+    work: Work,
+    compared: dict[str, Method],
+    exact: Gradient,
+    given: Options,
+    *,
+    slow: bool = False,
+    title: str = "",
+    tolerance: float = TOLERANCE,
+) -> dict[str, Any]:
+    """Time all methods at one tolerance and the peers at equal residual.
+
+    Args:
+        work: the cell.
+        compared: the first is ours, which others are compared with.
+        exact: the gradient that theirs are compared with.
+        given: how to run.
+        slow: fewer rounds, and a search in larger steps, for a cell whose steps take seconds.
+        title: for what is printed.
+        tolerance: relative, forward and backward.
+    """
+    mine = next(iter(compared))
+    solves = {method: make(tolerance, tolerance) for method, make in compared.items()}
+    tolerances: dict[str, Tolerances | None] = {}
+    factor = 10.0 ** (0.5 if slow or given.tiny else 0.25)
+    for method, make in compared.items():
+        if method.startswith("ours"):
+            continue
+        found = equalised(work, make, tolerance, factor)
+        tolerances[method] = found
+        if found is not None:
+            solves[method + EQUAL] = make(*found)
+    costs: dict[str, dict[str, float]] = {}
+    for method, solve_ in solves.items():
+        costs[method], gradient = reached(work, solve_)
+        costs[method] |= _rounded(gradient.compared_with(exact))
+        del gradient  # as large as the model
     cases = {method: training_step(work, solve_) for method, solve_ in solves.items()}
-    mine = "ours, Anderson + GMRES"
-    cases["floor"] = floor(work, int(costs[mine]["evaluations"]), int(costs[mine]["products"]))
-    seconds = interleave(cases, rounds=5 if name == "wide transformer" else 9, seconds=0.1)
-    peers = [method for method in METHODS if not method.startswith("ours")]
-    best_peer = min(peers, key=lambda method: Spread.of(seconds[method]).median)
-    ratios = {f"{method} / {mine}": ratio(seconds[method], seconds[mine]) for method in peers}
-    ratios[f"{mine} / floor"] = ratio(seconds[mine], seconds["floor"])
+    for method, case in cases.items():
+        costs[method]["peak_mib"] = _mib(peak_bytes(case, given.device, warm=True))
+    bare = floor(work, int(costs[mine]["evaluations"]), int(costs[mine]["products"]))
+    bare()
+    cases["floor"] = bare
+    seconds = given.interleave(cases, rounds=3 if slow else 7, seconds=0.1, warm=True)
+    others = [method for method in solves if not method.startswith("ours")]
+    equal = [method for method in others if method.endswith(EQUAL)]
+    ratios = {f"{method} / {mine}": ratio(seconds[method], seconds[mine]) for method in others}
+    ratios |= {
+        f"{method} / floor": ratio(seconds[method], seconds["floor"])
+        for method in solves
+        if method.startswith("ours")
+    }
     for method, values in seconds.items():
-        print(f"{name:18} {method:26} {1e3 * Spread.of(values).median:9.3g} ms  "
+        print(f"{title:18} {method:38} {1e3 * Spread.of(values).median:9.3g} ms  "
               f"{costs.get(method, '')}")  # fmt: skip
     for pair, spread in ratios.items():
-        print(f"{name:18} {pair:50} {spread}")
+        print(f"{title:18} {pair:64} {spread}")
     return {
-        "name": name,
-        "about": work.about,
-        "best_peer": best_peer,
-        "milliseconds": {k: Spread.of([1e3 * s for s in v]).as_dict() for k, v in seconds.items()},
+        "mine": mine,
+        "best_peer": _fastest(seconds, others),
+        "best_peer_at_equal_residual": _fastest(seconds, equal) if equal else None,
+        "tolerances_at_equal_residual": tolerances,
+        "parameters": explicit.count(work.module),
+        "milliseconds": {method: _milli(values) for method, values in seconds.items()},
         "reached": costs,
-        "ratios": {k: v.as_dict() for k, v in ratios.items()},
+        "ratios": {pair: spread.as_dict() for pair, spread in ratios.items()},
     }
 
 
+def beside(size: cells.TransformerSize, deq: dict[str, Any], given: Options) -> dict[str, Any]:
+    """The explicit models of equal parameters: time, parameters and peak memory of a step."""
+    models = [make(size, given.device) for make in (explicit.tied, explicit.untied)]
+    cases = {about: step_of(module, forward) for about, module, forward in models}
+    slow = size.d_inner > 10_000
+    seconds = given.interleave(cases, rounds=2 if slow else 7, seconds=0.1)
+    results = {
+        about: {
+            "milliseconds": _milli(seconds[about]),
+            "parameters": explicit.count(module),
+            "peak_mib": _mib(peak_bytes(cases[about], given.device, warm=True)),
+        }
+        for about, module, _ in models
+    }
+    print(f"DEQ: {deq['parameters']} parameters; {results}")
+    return results
+
+
+def _fastest(seconds: dict[str, list[float]], names: Sequence[str]) -> str:
+    return min(names, key=lambda name: Spread.of(seconds[name]).median)
+
+
+def _milli(seconds: Sequence[float]) -> dict[str, float]:
+    return Spread.of([1e3 * s for s in seconds]).as_dict()
+
+
+def _mib(size: int) -> float:
+    return float(f"{size / 2**20:.4g}")
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.3g}") for name, value in values.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all cells and save them."""
+    given = options.parse(__doc__, arguments, cells.NAMES)
+    rows = [measure(name, given) for name in given.names]
+    given.save("training_step", tolerance=TOLERANCE, rows=rows)
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    names = sys.argv[1:] or list(WORKS)
-    save("training_step", tolerance=TOLERANCE, rows=[measure(name) for name in names])
+    main()

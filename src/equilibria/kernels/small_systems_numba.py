@@ -78,7 +78,7 @@ def anderson_weights(
                     value += unit[i, j, lane] * factor[j, 0, lane]
                 off += abs(value - right[i, lane])
                 size += abs(right[i, lane])
-            if not off <= 1e-10 * size:  # small pivots, or NaN: exchange rows
+            if not off <= 1e-13 * size:  # small pivots, or NaN: exchange rows
                 for i in range(n):
                     alone[i] = right[i, lane]
                     for j in range(n):
