@@ -593,6 +593,29 @@ def test_torchdeq_results_depend_on_the_batch(solver: Any) -> None:
         torch.testing.assert_close(alone.z[0], together.z[row], rtol=1e-10, atol=1e-12)
 
 
+def test_torchdeq_evaluates_the_whole_batch_until_its_worst_sample_is_done() -> None:
+    """1376 rows there where 697 were needed; here finished samples leave."""
+    rates = torch.linspace(0.02, 0.95, 32, dtype=torch.float64).unsqueeze(1)
+    x = torch.randn(32, 4, dtype=torch.float64)
+    evaluated: list[int] = []
+
+    def restricted(rows: Tensor) -> Any:
+        def f(z: Tensor) -> Tensor:
+            evaluated.append(len(z))
+            return torch.sin(rates[rows] * z) + x[rows]
+
+        return f
+
+    with torch.no_grad():
+        solution = solve(
+            restricted(torch.arange(32)), torch.zeros_like(x), solver=Picard(), select=restricted,
+            max_steps=400,
+        )  # fmt: skip
+    needed = int((solution.num_steps + 1).sum())
+    assert needed <= sum(evaluated) <= 1.15 * needed
+    assert sum(evaluated) < 0.5 * 32 * len(evaluated)
+
+
 def test_torchdeq_two_equal_steps_make_the_anderson_system_singular() -> None:
     """A user's complaint: an error of the linear solve. Here the sample takes a plain step."""
     c = torch.ones(2, 3, dtype=torch.float64)
