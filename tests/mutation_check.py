@@ -369,8 +369,7 @@ TARGETS = (
         (
             "tests/core/test_iteration_loop.py",
             "tests/core/test_compaction.py",
-            "tests/core/test_intermediate_states.py",
-            "tests/terminations/test_runaways.py",
+            "tests/core/test_ledger.py",
             contract("solvers", "TestPicard"),
         ),
         (
