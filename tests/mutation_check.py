@@ -418,10 +418,6 @@ TARGETS = (
             Mutation(
                 "(1.0 if first else -1.0)\n                total", "1.0\n                total"
             ),
-            Mutation(
-                "below[lane] -= factor[lane] * above[lane]\n            below",
-                "pass\n            below",
-            ),
             Mutation("min_angle * lower[i, i, lane] <= 1.0", "0.0 * lower[i, i, lane] <= 1.0"),
             Mutation("order[i] = (slot - i) % n", "order[i] = i"),
             Mutation("inverse[i, m] = -factor", "inverse[i, m] = factor"),
