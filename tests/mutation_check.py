@@ -452,7 +452,7 @@ TARGETS = (
         "kernels/bookkeeping_numba",
         (
             "tests/kernels/test_cpu.py",
-            "tests/core/test_iteration_loop.py",
+            "tests/core/test_ledger.py",
             "tests/terminations/test_giving_up.py",
         ),
         (

@@ -30,16 +30,25 @@ def sine(batch: int, width: int, dtype: torch.dtype) -> Any:
 
 
 def steps_side_by_side(
-    plain: Solver, fused: Solver, f: Any, z0: Tensor, num_steps: int, rounding: float | None = None
+    plain: Solver,
+    fused: Solver,
+    f: Any,
+    z0: Tensor,
+    num_steps: int,
+    rounding: float | None = None,
+    resting_from: int | None = None,
 ) -> None:
-    """Give both the same points; what they propose must agree after every step."""
+    """Give both the same points; what they propose must agree after every step.
+
+    The first sample rests from a step on, as the loop makes finished samples do.
+    """
     rounding = rounding or ROUNDING[z0.dtype]
     with torch.no_grad():
         here = Iterate(z0, f(z0))
         states = [solver.init(here, num_steps + 1) for solver in (plain, fused)]
         assert states[0].fused is None
         assert states[1].fused is not None
-        for _ in range(num_steps):
+        for step in range(num_steps):
             wanted, found = (
                 solver.propose(here, state)[0]  # type: ignore[attr-defined]
                 for solver, state in zip((plain, fused), states, strict=True)
@@ -47,6 +56,8 @@ def steps_side_by_side(
             length = torch.linalg.vector_norm(wanted - here.z, dim=1)
             off = torch.linalg.vector_norm(found - wanted, dim=1)
             assert bool((off <= rounding * length + 1e-12).all()), (off, length)
+            if resting_from is not None and step >= resting_from:
+                wanted = torch.cat((here.z[:1], wanted[1:]))
             here = Iterate(wanted, f(wanted))
 
 
@@ -92,6 +103,14 @@ def test_broyden_with_room_for_every_pair(kind):
     plain, fused = (Broyden(None, kind=kind, fused=fused) for fused in (False, True))
     f = sine(5, 90, torch.float64)
     steps_side_by_side(plain, fused, f, torch.zeros(5, 90, dtype=torch.float64), 30)
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+@pytest.mark.parametrize("history_size", [3, 20])
+def test_broyden_with_a_sample_that_rests(kind, history_size):
+    plain, fused = (Broyden(history_size, kind=kind, fused=fused) for fused in (False, True))
+    f, z0 = sine(3, 40, torch.float64), torch.zeros(3, 40, dtype=torch.float64)
+    steps_side_by_side(plain, fused, f, z0, 9, resting_from=4)
 
 
 @pytest.mark.parametrize("solver", [Anderson(3), Anderson(3, kind="II"), Broyden(3)], ids=repr)
@@ -194,6 +213,44 @@ def test_questions_are_answered_as_by_torch(numbers):
     assert both[0].all_improve_on(Measurement(*limits)) == both[1].all_improve_on(
         Measurement(*limits)
     )
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1e-9, 1e-4, 1.0, 1e3, 1e6, 1e20]), min_size=4, max_size=4),
+    st.lists(st.sampled_from([0.0, 1.0, 1e3, 1e6, 1e20]), min_size=4, max_size=4),
+    st.sampled_from([1e-6, 1e-3, 0.5]),
+    st.sampled_from([0.0, 1e-2]),
+)
+def test_the_criterion_is_judged_as_by_torch(residuals, images, rtol, atol):
+    """Images that outgrow the problem, residuals that do, and both."""
+    rule = Residual(rtol, atol)
+    start = Measurement(torch.tensor([1.0, 1e-3, 1.0, 2.0]), torch.tensor([1.0, 1.0, 0.0, 1e3]))
+    plain, fused = (Measurement(torch.tensor(residuals), torch.tensor(images)) for _ in range(2))
+    with torch.no_grad():
+        fused.kernels = kernels("bookkeeping", torch.zeros(1, 1), True)
+    found, wanted = (rule.check(one, 3, rule.init(start)) for one in (fused, plain))
+    assert (found[0] is None) == (wanted[0] is None)
+    if found[0] is not None and wanted[0] is not None:
+        assert torch.equal(found[0], wanted[0])
+    for one, other in zip(found[1], wanted[1], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_residual_beyond_its_limit_is_looked_at():
+    measured = Measurement(torch.tensor([1.0, 5.0]), torch.tensor([1.0, 1.0]))
+    with torch.no_grad():
+        measured.kernels = kernels("bookkeeping", torch.zeros(1, 1), True)
+    assert not measured.all_go_on(1e-3, 0.0, Limits(torch.tensor([2.0, 2.0]), torch.ones(2)))
+    assert measured.all_go_on(1e-3, 0.0, Limits(torch.tensor([5.0, 5.0]), torch.ones(2)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_zero_is_no_solution_however_loose_the_tolerance(fused):
+    b = torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        result = GMRES(fused=fused).solve(lambda u: 0.5 * u, b, rtol=2.0, atol=0.0, max_steps=9)
+    assert bool((result.u.abs().sum(1) > 0).all())
+    assert result.num_steps.tolist() == [1, 1, 1]
 
 
 def test_recorded_transformed_and_compiled_solves_take_the_plain_steps():
