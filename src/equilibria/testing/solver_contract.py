@@ -189,6 +189,9 @@ class SolverContract:
             part = problem.rows(slice(row, row + 1))
             alone = self.run(part.f, part.z0, solver, max_steps=limit)
             promise = f"sample {row} of {problem.name} is the same alone and in its batch"
+            statuses = {int(alone.status), int(together.status[row])}
+            if not self.supports(problem) and Status.SUCCESS not in statuses and len(statuses) > 1:
+                continue  # rounding decides in which way it fails
             expect_equal(alone.status, together.status[row : row + 1], f"{promise} (status)")
             steps = (alone.num_steps - together.num_steps[row : row + 1]).abs()
             expect(steps <= 1, f"{promise} (steps)")
