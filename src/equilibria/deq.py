@@ -59,8 +59,9 @@ class Cell(nn.Module, ABC):
         """The injection of some samples only, given by their indices (b,).
 
         A cell that has this lets samples leave the batch when they have converged: where their
-        difficulty differs, f then works on those that still need it. Write it where samples do not
-        see each other; for an injection that is one tensor (B, ...) it is `injection[rows]`.
+        difficulty differs, f then works on those that still need it. Not for a cell that
+        torch.compile has compiled. Write it where samples do not see each other; for an injection
+        that is one tensor (B, ...) it is `injection[rows]`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not take its injection apart")
 
@@ -242,8 +243,10 @@ class DEQ(nn.Module):
 
     def _selector(self, injection: Any) -> Select | None:
         """f of some samples only, if the cell can tell their injections apart."""
-        cell = getattr(self.cell, "_orig_mod", self.cell)
-        if type(cell).select is Cell.select:
+        cell = self.cell
+        # A compiled cell would be compiled again for every size that its batch shrinks to.
+        compiled = hasattr(cell, "_orig_mod") or cell._compiled_call_impl is not None  # pyright: ignore[reportPrivateUsage]
+        if compiled or type(cell).select is Cell.select:
             return None
 
         def select(rows: Tensor) -> Callable[[State], State]:

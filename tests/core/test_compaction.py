@@ -195,6 +195,18 @@ def test_who_needs_the_whole_batch_keeps_it(options):
     assert set(layer.cell.rows.batches) == {BATCH}
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_cell_is_not_given_batches_of_every_size(in_place):
+    _, rates = uneven(torch.float32)
+    cell: Any = Uneven()
+    if in_place:
+        cell.compile(backend="eager")
+    else:
+        cell = torch.compile(cell, backend="eager")
+    layer = DEQ(cell, max_steps=100)
+    assert layer._selector((torch.randn(BATCH, WIDTH), rates)) is None
+
+
 @pytest.mark.parametrize("asked", [{"trace": True}, {"states": 3}], ids=repr)
 def test_what_follows_every_sample_keeps_the_batch(asked):
     _, rates = uneven(torch.float32)
