@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from equilibria import GMRES, Implicit, Residual, Unrolled, UserError, solve
-from equilibria.solvers.newton_krylov import NewtonKrylov
+from equilibria import (
+    GMRES,
+    Implicit,
+    LinearResult,
+    LinearSolver,
+    Residual,
+    Unrolled,
+    UserError,
+    solve,
+)
+from equilibria.solvers.newton_krylov import NewtonKrylov, NewtonKrylovState, _forcing
 
 TIGHT: dict[str, Any] = {"termination": Residual(1e-12, 0.0), "on_failure": "raise"}
 
@@ -165,3 +175,34 @@ def test_it_refuses_to_be_unrolled():
 def test_bad_arguments(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@dataclass(frozen=True)
+class BreaksDown(LinearSolver):
+    """Loses the first sample."""
+
+    def solve(self, a: Any, b: Tensor, **options: Any) -> LinearResult:
+        result = GMRES().solve(a, b, **options)
+        return replace(result, u=torch.cat((result.u[:1] * torch.nan, result.u[1:])))
+
+
+def test_a_linear_solve_that_breaks_down_leaves_the_plain_step():
+    def f(z: Tensor) -> Tensor:
+        return 0.5 * torch.cos(z)
+
+    solver = NewtonKrylov(linear=BreaksDown(), line_search=False)
+    z0 = torch.zeros(2, 3, dtype=torch.float64)
+    solution = solve(f, z0, solver=solver, max_steps=1, keep="last", on_failure="ignore")
+    torch.testing.assert_close(solution.z[0], f(z0)[0])
+    assert not torch.allclose(solution.z[1], f(z0)[1])
+
+
+def test_the_forcing_term_is_the_second_choice_of_eisenstat_and_walker():
+    def forcing(norm: float, before: float, last: float) -> float:
+        state = NewtonKrylovState("auto", torch.tensor([last]), torch.tensor([before]))
+        return float(_forcing(torch.tensor([norm]), state))
+
+    assert forcing(0.5, 1.0, 0.1) == pytest.approx(0.9 * 0.25)
+    assert forcing(0.5, 1.0, 0.8) == pytest.approx(0.9 * 0.64)  # the safeguard
+    assert forcing(0.001, 1.0, 0.1) == pytest.approx(1e-3)
+    assert forcing(3.0, 1.0, 0.1) == pytest.approx(0.9)
