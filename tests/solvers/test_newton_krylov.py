@@ -141,6 +141,32 @@ def test_finished_samples_ask_for_no_products():
     assert cost([0.8, 0.0]) == cost([0.8])
 
 
+ASKED: list[Tensor] = []
+
+
+@dataclass(frozen=True)
+class Watched(LinearSolver):
+    """Notes what it is asked for."""
+
+    def solve(self, a: Any, b: Tensor, **options: Any) -> LinearResult:
+        ASKED.append(b)
+        return GMRES().solve(a, b, **options)
+
+
+def test_a_finished_sample_asks_for_nothing():
+    ASKED.clear()
+    gain = torch.tensor([[0.01], [0.9]], dtype=torch.float64)
+    with torch.no_grad():
+        solution = solve(
+            lambda z: torch.tanh(gain * z.flip(1) + 0.1), torch.zeros(2, 4, dtype=torch.float64),
+            solver=NewtonKrylov(linear=Watched()), termination=Residual(1e-3), on_failure="raise",
+        )  # fmt: skip
+    easy, hard = solution.num_steps.tolist()
+    assert easy + 1 < hard
+    assert all(bool((b[0] == 0).all()) for b in ASKED[easy + 1 :])
+    assert all(bool((b[1] != 0).all()) for b in ASKED)
+
+
 def test_gradients_come_from_the_implicit_function_theorem():
     weight = torch.randn(4, 4, dtype=torch.float64) / 4
     shift = torch.randn(2, 4, dtype=torch.float64)
@@ -191,7 +217,7 @@ def test_a_linear_solve_that_breaks_down_leaves_the_plain_step():
         return 0.5 * torch.cos(z)
 
     solver = NewtonKrylov(linear=BreaksDown(), line_search=False)
-    z0 = torch.zeros(2, 3, dtype=torch.float64)
+    z0 = torch.ones(2, 3, dtype=torch.float64)
     solution = solve(f, z0, solver=solver, max_steps=1, keep="last", on_failure="ignore")
     torch.testing.assert_close(solution.z[0], f(z0)[0])
     assert not torch.allclose(solution.z[1], f(z0)[1])
