@@ -148,6 +148,7 @@ TARGETS = (
     Target(
         "core/backtracking",
         (
+            "tests/core/test_backtracking.py",
             "tests/solvers/test_broyden.py",
             "tests/solvers/test_newton_krylov.py",
             "tests/solvers/test_robust_solvers.py",
@@ -232,7 +233,6 @@ TARGETS = (
             Mutation("ctx.set_materialize_grads(False)", "pass", nth=2),
             Mutation("u=times_power_of_two(result.u, exponent)", "u=result.u"),
             Mutation("self.atol), -exponent)", "self.atol), exponent)"),
-            Mutation("replace(self._forward, start=None)", "self._forward"),
             Mutation("self._border.closed() if self._border", "nullcontext() if self._border"),
             Mutation("gate.through(g) if g.requires_grad", "g.detach() if g.requires_grad"),
         ),

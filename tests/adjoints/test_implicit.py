@@ -395,3 +395,20 @@ def test_a_tolerance_that_zero_would_meet_gives_no_gradient_of_zero(solver):
 def test_bad_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
         Implicit(**arguments)
+
+
+def test_an_absolute_tolerance_is_in_the_unit_of_the_cotangent():
+    """The solve is of cotangents scaled to one, and its tolerance scales with them."""
+    weight = (0.9 * torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]).requires_grad_()
+    x, g = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+
+    def num_steps(scale: float) -> list[int]:
+        solution = solve(
+            lambda z: torch.tanh(z @ weight + x), torch.zeros_like(x),
+            adjoint=Implicit(rtol=1e-12, atol=1e-3 * scale), termination=Residual(1e-10),
+        )  # fmt: skip
+        solution.z.backward(scale * g)
+        assert solution.backward.result is not None
+        return solution.backward.result.num_steps.tolist()
+
+    assert num_steps(2.0**-20) == num_steps(1.0) == num_steps(2.0**20)

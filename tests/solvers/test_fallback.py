@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from equilibria import Anderson, Broyden, Picard, Residual, Status, UserError, solve
+from equilibria import (
+    Anderson,
+    Broyden,
+    Iterate,
+    Picard,
+    Residual,
+    Solver,
+    Status,
+    UserError,
+    solve,
+)
 from equilibria.solvers.fallback import Fallback
 from equilibria.solvers.newton_krylov import NewtonKrylov
 
@@ -93,6 +105,29 @@ def test_a_solver_with_evaluations_of_its_own_leaves_the_others_alone():
     assert bool(ladder.converged.all())
     for row in (0, 2):
         assert torch.equal(ladder.z[row], plain.z[row])
+
+
+@dataclass(frozen=True)
+class Stands(Solver):
+    """Proposes to stay where it is."""
+
+    @property
+    def single_evaluation(self) -> bool:
+        return True
+
+    def init(self, iterate: Iterate, max_steps: int) -> None:
+        return None
+
+    def propose(self, iterate: Iterate, state: None) -> tuple[Tensor, None]:
+        return iterate.z.clone(), None
+
+    def step(self, evaluate: Any, iterate: Iterate, state: None) -> tuple[Iterate, None]:
+        return evaluate(self.propose(iterate, state)[0]), None
+
+
+def test_a_solver_that_does_not_move_is_replaced():
+    """It asked for no other point, so that its samples are stuck, and not finished."""
+    assert bool(run(Fallback(Stands(), Picard(), num_steps=2), [0.5, 0.1]).converged.all())
 
 
 def test_it_is_a_value():
