@@ -236,3 +236,15 @@ def test_no_graph_without_grad_mode(adjoint, make_deq, x):
 def test_bad_arguments_of_phantom(arguments, message):
     with pytest.raises(UserError, match=message):
         Phantom(**arguments)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_what_unrolling_returns_is_nobody_elses_tensor(checkpoint):
+    """A constant map returns what it closes over; writing to the solution must not change that."""
+    c = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    solution = solve(
+        lambda z: c, torch.zeros_like(c), solver=Picard(), adjoint=Unrolled(checkpoint=checkpoint)
+    )
+    assert solution.z.data_ptr() != c.data_ptr()
+    (gradient,) = torch.autograd.grad(solution.z.sum(), c)
+    assert torch.equal(gradient, torch.ones_like(c))

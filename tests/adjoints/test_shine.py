@@ -355,6 +355,21 @@ def test_the_fallback_is_relative_to_the_cotangent(scale):
     assert relative_error(scaled, [scale * gradient for gradient in plain]) < 1e-12
 
 
+def test_the_fallback_compares_with_the_size_of_the_cotangent():
+    """(I - J)^-1 = 10, found exactly along the one direction that the solve went."""
+    c = torch.zeros(1, 100, dtype=torch.float64)
+    c[0, 0] = 1.0
+    c.requires_grad_()
+
+    def gradient(adjoint: Adjoint) -> float:
+        z = solve(lambda z: 0.9 * z + c, torch.zeros_like(c), solver=Broyden(), adjoint=adjoint).z
+        (found,) = torch.autograd.grad(z[0, 0], c)
+        return float(found[0, 0])
+
+    assert gradient(Shine(max_ratio=20.0)) == pytest.approx(10.0)
+    assert gradient(Shine(max_ratio=5.0)) == 1.0
+
+
 def test_on_a_singular_problem_the_fallback_keeps_the_gradient_small():
     given = problem("singular").differentiable()
     free, safe = (whole(gradients(given, Shine(fallback=b))) for b in (False, True))
