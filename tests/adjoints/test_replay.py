@@ -99,12 +99,14 @@ def test_weights_given_for_one_call_are_those_of_all_derivatives(
         name: (0.3 * p.detach() + 0.1).requires_grad_(trainable)
         for name, p in deq.named_parameters()
     }
+    own = dict(deq.named_parameters())
     weight, bias = given["cell.linear.weight"], given["cell.linear.bias"]
     inputs = [x, weight, bias] if trainable else [x]
     assert_same(
         both_derivatives(lambda x: torch.func.functional_call(deq, given, (x,)).z, *inputs),
         both_derivatives(lambda x: by_hand(weight, bias, x), *inputs),
     )
+    assert all(own[name] is parameter for name, parameter in deq.named_parameters())
 
 
 def test_batch_statistics_are_not_updated_by_a_backward_pass(x: Tensor) -> None:
