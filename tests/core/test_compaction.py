@@ -264,3 +264,29 @@ def test_a_shared_value_whose_rows_are_no_samples_is_refused():
 def test_bad_arguments(options, message):
     with pytest.raises(UserError, match=message):
         solve(torch.cos, torch.zeros(3, 2), **options)
+
+
+def test_a_mask_that_does_not_go_by_samples_is_never_drawn_anew():
+    """Its one row is as many as are left, and still no sample's."""
+    drop, weight = VariationalDropout(0.5), 0.5 * torch.eye(64)
+    scale, x = torch.tensor([[1.0], [0.01]]), torch.randn(2, 64)
+
+    def restricted(rows: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda z: torch.tanh(scale[rows] * (z @ weight) + x[rows] + drop(torch.ones(1, 64)))
+
+    with pytest.raises(UserError, match="rows cannot be told apart"):
+        solve(restricted(torch.arange(2)), torch.zeros(2, 64), select=restricted)
+
+
+def test_the_indices_are_the_callers_to_write_to():
+    def flipped(rows: Tensor) -> Callable[[Tensor], Tensor]:
+        mine = rows.clone()
+        rows.fill_(0)
+        return lambda z: torch.sin(rates[mine] * z) + x[mine]
+
+    rates, x = torch.linspace(0.1, 0.95, 16).unsqueeze(1), torch.randn(16, 4)
+    rates, x, z0 = rates.double(), x.double(), torch.zeros(16, 4, dtype=torch.float64)
+    rule = Residual(1e-9)
+    found = solve(flipped(torch.arange(16)), z0, select=flipped, termination=rule)
+    wanted = solve(lambda z: torch.sin(rates * z) + x, z0, termination=rule)
+    torch.testing.assert_close(found.z, wanted.z, rtol=1e-6, atol=1e-7)

@@ -37,7 +37,7 @@ class Shared:
 
 def as_array(tensor: Tensor) -> Any:
     """The numbers of a CPU tensor as an array over the same memory, copied if not in order."""
-    return tensor.detach().contiguous().numpy()
+    return tensor.detach().resolve_neg().contiguous().numpy()
 
 
 def kernels(name: str, like: Tensor, fused: bool | None) -> ModuleType | None:

@@ -91,7 +91,7 @@ class Problem:
         if self.select is None:
             raise RuntimeError("samples are left out of a problem that does not say how")
         part = copy(self)
-        part.f = self.select(samples)
+        part.f = self.select(samples.clone())  # theirs to write to
         part.layout = replace(self.layout, batch_size=len(samples))
         part.scope = self.scope.of_samples(samples, self.layout.batch_size)
         part.num_evals = num_evals

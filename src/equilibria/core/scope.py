@@ -67,6 +67,10 @@ class SolveScope:
                 self._values[key] = make()
         return self._values[key]
 
+    def has(self, key: Hashable) -> bool:
+        """Whether there is a value of this key already."""
+        return key in self._values
+
     def of_samples(self, samples: torch.Tensor, batch: int) -> SolveScope:
         """The same values for some samples of a batch only, given by their indices (b,)."""
         return _PartOfScope(self, samples, batch)
@@ -83,7 +87,7 @@ class _PartOfScope(SolveScope):
         """The value of the whole, or the rows of the samples that are still here."""
         if rows is None:
             return self._whole.once(key, make)
-        if rows != len(self._samples):
+        if rows != len(self._samples) or not self._whole.has((key, self._batch)):
             raise UserError(
                 f"a value of {rows} rows is shared by a solve whose batch shrinks to "
                 f"{len(self._samples)} samples, so that its rows cannot be told apart (are "

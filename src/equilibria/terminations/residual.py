@@ -100,6 +100,10 @@ class Residual(Termination):
             return codes.to(torch.int8), state
         return self._judge(residual, image, state)
 
+    def select(self, state: Limits, rows: Tensor) -> Limits:
+        """The limits of some samples only."""
+        return Limits(*(norms[rows] for norms in state))
+
     @property
     def _credible_growth(self) -> float:
         """How far the image may outgrow the size of the problem before the guard acts."""
