@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, Literal
@@ -89,7 +88,12 @@ def _backend(device: str, dtype: torch.dtype, fused: bool | None) -> Backend | N
 
 @functools.cache
 def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    """Whether it can be imported; one that does not fit the NumPy beside it cannot."""
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 @functools.cache
