@@ -132,12 +132,10 @@ def test_one_broken_sample_does_not_touch_the_others(solver, bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_sample_gives_the_same_bits_whatever_it_is_batched_with(solver, dtype):
     f, z0 = sine(6, 3000, dtype), torch.zeros(6, 3000, dtype=dtype)
-    rates_x = f.__closure__
 
     def alone(z: Tensor) -> Tensor:
         return f(z.expand(6, -1))[2:3]
 
-    assert rates_x is not None
     together = solve(f, z0, solver=solver, termination=Residual(1e-5), on_failure="ignore")
     single = solve(alone, z0[:1], solver=solver, termination=Residual(1e-5), on_failure="ignore")
     assert torch.equal(together.z[2], single.z[0])
