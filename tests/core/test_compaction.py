@@ -290,3 +290,18 @@ def test_the_indices_are_the_callers_to_write_to():
     found = solve(flipped(torch.arange(16)), z0, select=flipped, termination=rule)
     wanted = solve(lambda z: torch.sin(rates * z) + x, z0, termination=rule)
     torch.testing.assert_close(found.z, wanted.z, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fault", ["other samples", "in place"])
+def test_an_f_of_other_samples_and_one_that_writes_are_found_out(fault):
+    rates, x = torch.linspace(0.1, 0.95, 16).unsqueeze(1), torch.randn(16, 4)
+
+    def restricted(rows: Tensor) -> Callable[[Tensor], Tensor]:
+        if fault == "other samples":
+            rows = torch.arange(len(rows))
+            return lambda z: torch.sin(rates[rows] * z) + x[rows]
+        return lambda z: torch.add(torch.sin(rates[rows] * z), x[rows], out=z)
+
+    message = "images than the whole f" if fault == "other samples" else "wrote to the state"
+    with pytest.raises(UserError, match=message):
+        solve(lambda z: torch.sin(rates * z) + x, torch.zeros(16, 4), select=restricted)

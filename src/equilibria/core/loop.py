@@ -113,8 +113,11 @@ def _iterate(
             rows = ledger.rows_going_on
             if rows is not None and _parting_pays(len(rows), current.z.shape[0]):
                 ledger.part_with_finished(rows)
+                is_first = posed is problem
                 posed = problem.restricted(ledger.origin, posed.num_evals)
                 current = Iterate(*(tensor[rows] for tensor in current))
+                if is_first:
+                    posed.check_part(current)
                 termination_state = termination.select(termination_state, rows)
                 solver_state = solver.select(solver_state, rows)
 

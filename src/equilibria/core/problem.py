@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from equilibria.core.autocast import Autocast
 from equilibria.core.closure import InputRecorder, free_point, reached
 from equilibria.core.errors import UserError
-from equilibria.core.iterate import Iterate, Measurement, measure
-from equilibria.core.replay import SameTwice
+from equilibria.core.iterate import Iterate, Measurement, measure, rms
+from equilibria.core.replay import LARGEST_DIFFERENCE, NUM_ROUNDINGS, SameTwice
 from equilibria.core.scope import solve_scope
 from equilibria.core.state import Layout, State
 from equilibria.core.untouched import WROTE_TO_ARGUMENT, WROTE_TO_IMAGE, Untouched
@@ -96,6 +96,31 @@ class Problem:
         part.scope = self.scope.of_samples(samples, self.layout.batch_size)
         part.num_evals = num_evals
         return part
+
+    def check_part(self, known: Iterate) -> None:
+        """Evaluate at points whose images the whole problem gave; they must be the same.
+
+        Raises:
+            UserError: `select` returned the f of other samples, or one that writes to its argument.
+        """
+        state = self.layout.unpack(known.z)
+        watch = Untouched(state, WROTE_TO_ARGUMENT)
+        image = self.layout.pack(self.call_again(state))
+        watch.check()
+        off, size = rms(image - known.fz), rms(known.fz)
+        tolerance = min(NUM_ROUNDINGS * self.rounding, LARGEST_DIFFERENCE)
+        if not bool(((off <= tolerance * size) | ~size.isfinite()).all()):
+            raise UserError(
+                "the f that select returned gives other images than the whole f for the same "
+                "samples; it has to take the rows that it is asked for out of everything that goes "
+                "by samples (injection[rows]), or leave out select"
+            )
+
+    def call_again(self, state: State) -> State:
+        """f on a state, counted, with the autocast of the solve."""
+        self.num_evals += 1
+        with self._autocast.restored():
+            return self.call(state)
 
     def image(self, z: Tensor) -> Tensor:
         """Call `f` once on a packed point; with grad enabled the call is recorded."""
