@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from equilibria import (
+    Anderson,
+    Broyden,
     Iterate,
     Measurement,
     Picard,
@@ -19,6 +21,7 @@ from equilibria import (
     Status,
     Termination,
     UserError,
+    solve,
 )
 from equilibria.core.loop import LoopResult, iterate
 from equilibria.core.problem import Problem
@@ -211,3 +214,13 @@ def test_a_solver_is_told_the_step_limit_and_keeps_its_own_state():
 def test_bad_limits(settings, message):
     with pytest.raises(UserError, match=message):
         run([[1.0], [1.0]], **settings)
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(3), Broyden(3)], ids=repr)
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1.0, 1e20, 1e25])
+def test_the_unit_of_the_state_means_nothing(solver: Any, size: float) -> None:
+    """Also where squares of it vanish in single precision, or overflow."""
+    solution = solve(lambda z: size * torch.cos(z / size), torch.zeros(2, 3), solver=solver)
+    assert solution.converged.all()
+    assert solution.num_steps.min() > 3
+    torch.testing.assert_close(solution.z / size, torch.full((2, 3), 0.739085), rtol=1e-3, atol=0)

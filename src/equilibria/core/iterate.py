@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from equilibria.core.fused import Shared, as_array, carries_derivatives
+from equilibria.core.precision import widest
 
 
 class _Pair(NamedTuple):
@@ -123,6 +124,29 @@ def measure(
     with torch.no_grad():
         measured = Measurement(rms(iterate.residual), rms(iterate.fz))
         return measured if scale is None else Measurement(*(norm * scale for norm in measured))
+
+
+SAFE = 1e-17, 1e17
+"""Norms whose squares are far from the ends of single precision."""
+
+
+def measured_wide(
+    iterate: Iterate, measured: Measurement, scale: Tensor | None = None
+) -> Measurement | None:
+    """The norms by way of double, where squares in single precision vanish or overflow.
+
+    None where they are what they seem. Waits for the device; only for where somebody seems to have
+    finished. The compiled norms are by way of double always.
+    """
+    double = widest(iterate.z.device)
+    if measured.kernels is not None or iterate.z.dtype == double:
+        return None
+    with torch.no_grad():
+        norms = torch.stack(tuple(measured))
+        if bool(((norms > SAFE[0]) & (norms < SAFE[1])).all()):
+            return None
+        wide = (rms(x.to(double)).to(x.dtype) for x in (iterate.residual, iterate.fz))
+        return Measurement(*(norm if scale is None else norm * scale for norm in wide))
 
 
 def choose(

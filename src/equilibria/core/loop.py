@@ -89,6 +89,9 @@ def _iterate(
     current = problem.evaluate(problem.z0)
     fused = bookkeeping(current.z, solver.prefers_fused) if termination.needs_sync else None
     measured = problem.measure(current, fused)
+    looks = termination.needs_sync
+    if looks:
+        measured = problem.measured_wide(current, measured) or measured
     ledger: Ledger | BlindLedger = BlindLedger(current)
     if termination.needs_sync:
         ledger = Ledger(current, measured, keep, fused)
@@ -102,7 +105,12 @@ def _iterate(
 
     step = 0
     for step in range(max_steps + 1):
-        codes, termination_state = termination.check(measured, step, termination_state)
+        before = termination_state
+        codes, termination_state = termination.check(measured, step, before)
+        wide = posed.measured_wide(current, measured) if looks and codes is not None else None
+        if wide is not None:
+            measured = wide
+            codes, termination_state = termination.check(measured, step, before)
         if step == max_steps:
             codes = _closed(codes, measured)
         if trace:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from equilibria.core.autocast import Autocast
 from equilibria.core.closure import InputRecorder, free_point, reached
 from equilibria.core.errors import UserError
-from equilibria.core.iterate import Iterate, Measurement, measure, rms
+from equilibria.core.iterate import Iterate, Measurement, measure, measured_wide, rms
 from equilibria.core.replay import LARGEST_DIFFERENCE, NUM_ROUNDINGS, SameTwice
 from equilibria.core.scope import solve_scope
 from equilibria.core.state import Layout, State
@@ -163,6 +163,10 @@ class Problem:
     def measure(self, iterate: Iterate, fused: ModuleType | None = None) -> Measurement:
         """Norms of residual and image per sample; padding does not count."""
         return measure(iterate, self.layout.norm_scale, fused)
+
+    def measured_wide(self, iterate: Iterate, measured: Measurement) -> Measurement | None:
+        """See `equilibria.core.iterate.measured_wide`."""
+        return measured_wide(iterate, measured, self.layout.norm_scale)
 
     def evaluate(self, z: Tensor, *, record: bool = True) -> Iterate:
         """Pair a point with its image; `z` is first rounded to what `f` really sees."""

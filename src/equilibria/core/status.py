@@ -49,8 +49,8 @@ _MESSAGES = {
     ),
     Status.NONFINITE: (
         "the map returned NaN or infinity; look at the inputs, at the learning rate, and for a "
-        "division, log or overflow inside the map (the norm of a float32 state overflows from "
-        "about 1e19 on, so beyond that solve in float64)"
+        "division, log or overflow inside the map (under fixed steps the norm of a float32 "
+        "state overflows from about 1e19 on; solve in float64 there)"
     ),
 }
 
