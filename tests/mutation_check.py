@@ -362,6 +362,8 @@ TARGETS = (
             Mutation("termination.select(termination_state, rows)", "termination_state"),
             Mutation("ledger.origin, posed.num_evals", "rows, posed.num_evals"),
             Mutation("problem.num_evals = posed.num_evals", "pass"),
+            Mutation("measured = wide\n", "pass\n"),
+            Mutation("posed.check_part(current)", "pass"),
         ),
     ),
     Target(
