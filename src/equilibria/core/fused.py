@@ -80,8 +80,8 @@ def _backend(device: str, dtype: torch.dtype, fused: bool | None) -> Backend | N
         return package
     if fused:
         raise UserError(
-            f"fused=True needs the package {package} on {device}: pip install "
-            "'equilibria[fused]', or give fused=None or False"
+            f"fused=True needs the package {package} on {device}, and it cannot be imported: pip "
+            f"install {package}, or give fused=None or False"
         )
     return None
 
