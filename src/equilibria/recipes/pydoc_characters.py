@@ -17,7 +17,7 @@ from equilibria.tasks.language_modeling import LanguageModelingConfig
 from equilibria.train.experiment import Experiment, TrainConfig
 from equilibria.train.optimizers import OptimizerConfig
 
-EXPECTED = "2.02 bits per test character (bigram 3.26, 5-gram 1.75), our own run"
+EXPECTED = "2.0 to 2.1 bits per test character (bigram 3.26, 5-gram 1.75), our own runs"
 
 
 def recipe() -> Experiment:
