@@ -36,8 +36,8 @@ def test_events_after_the_place_of_resuming_are_replaced(tmp_path: Path) -> None
     with MetricsLog(run, 0) as log:
         for step in (5, 10, 15):
             log.write({"kind": "train", "step": step, "loss": float(step)})
-    # TensorBoard reads files by the second in their names, and within one second of one process by a
-    # counter as text, in which "10" comes before "9".
+    # TensorBoard reads files by the second in their names, and within one second of one process by
+    # a counter as text, in which "10" comes before "9".
     time.sleep(1.1)
     with MetricsLog(run, 10) as log:
         log.write({"kind": "train", "step": 15, "loss": 99.0})
