@@ -30,6 +30,10 @@ class Iterate(_Pair, Shared):
             kept = self.__dict__["residual_"] = self.fz - self.z
         return kept
 
+    def forget_residual(self) -> None:
+        """Give its memory back; it is computed anew where somebody asks again."""
+        self.__dict__.pop("residual_", None)
+
 
 class _Norms(NamedTuple):
     residual: Tensor

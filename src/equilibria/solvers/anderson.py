@@ -35,6 +35,7 @@ class AndersonState:
         self.squares = SmallMatrix(iterate.z, size)
         self.previous: Iterate | None = None
         self.previous_residual: Tensor | None = None
+        """Of type II only."""
         self.guard: _Guard | None = None
         self.fused: Any = None
         """The compiled step on this memory, if there is one."""
@@ -186,7 +187,7 @@ class Anderson(Solver):
             state.previous = iterate
             return z, state
         residual = iterate.residual
-        if state.previous is None or state.previous_residual is None:
+        if state.previous is None:
             z = iterate.z + self.relaxation * residual
         else:
             weigh = _weights_second if self.kind == "II" else _weights_first
@@ -194,7 +195,11 @@ class Anderson(Solver):
             z = self._mix(state, iterate, residual, gamma)
         if guard is not None:
             z = guard.damp(z, iterate)
-        state.previous, state.previous_residual = iterate, residual
+        state.previous = iterate
+        if self.kind == "II" and state.fused is None:
+            state.previous_residual = residual
+        else:
+            iterate.forget_residual()  # not to be kept while f is evaluated
         return z, state
 
     def _fuse(self, state: AndersonState) -> None:
@@ -234,8 +239,10 @@ def _weights_second(
     state: AndersonState, iterate: Iterate, residual: Tensor, settings: Anderson
 ) -> Tensor:
     """Add the last pair and solve R^T R gamma = R^T r; (B, 1, n) weights."""
-    previous, previous_residual = _last(state)
-    difference = state.test_differences.push_difference(residual, previous_residual)
+    previous = _last(state)
+    if state.previous_residual is None:
+        raise RuntimeError("type II is asked for weights without the last residual")
+    difference = state.test_differences.push_difference(residual, state.previous_residual)
     state.image_differences.push_difference(iterate.fz, previous.fz)
     vectors, slot = state.test_differences.vectors, state.test_differences.newest
     row, right = inner_products(difference, vectors), inner_products(residual, vectors)
@@ -255,7 +262,7 @@ def _weights_first(
 
     With the upper triangle of S^T S instead of all of it this is Broyden's good method.
     """
-    previous, _ = _last(state)
+    previous = _last(state)
     new_step = state.test_differences.push_difference(iterate.z, previous.z)
     new_image = state.image_differences.push_difference(iterate.fz, previous.fz)
     steps, images = state.test_differences.vectors, state.image_differences.vectors
@@ -274,10 +281,10 @@ def _weights_first(
     return _solve(unit + torch.diag_embed(shift), scale, -right)
 
 
-def _last(state: AndersonState) -> tuple[Iterate, Tensor]:
-    if state.previous is None or state.previous_residual is None:
+def _last(state: AndersonState) -> Iterate:
+    if state.previous is None:
         raise RuntimeError("weights are asked for before the first step")
-    return state.previous, state.previous_residual
+    return state.previous
 
 
 def _scales(state: AndersonState, squares: Tensor, min_angle: float) -> Tensor:

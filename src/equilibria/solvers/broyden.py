@@ -220,6 +220,8 @@ class Broyden(Solver):
                 iterate.fz.unsqueeze(1), weights, state.image_differences.vectors
             ).squeeze(1)
         state.previous = iterate
+        if self.kind == "good":
+            iterate.forget_residual()  # not to be kept while f is evaluated
         z = target if self.relaxation == 1.0 else iterate.z.lerp(target, self.relaxation)
         return z, state
 
