@@ -306,7 +306,14 @@ def gradients() -> str:
 
 # --- performance -------------------------------------------------------------------------------
 
-PERFORMANCE = ("overhead", "training_step", "mixed_difficulty", "memory", "scaling")
+PERFORMANCE = (
+    "overhead",
+    "training_step",
+    "mixed_difficulty",
+    "memory",
+    "rounded_history",
+    "scaling",
+)
 EQUAL = " at equal residual"
 Spread = Mapping[str, float]
 
@@ -485,6 +492,35 @@ def memory_history(result: dict[str, Any]) -> str:
     return _table(columns, rows)
 
 
+def rounded_history(result: dict[str, Any]) -> str:
+    """Evaluations with a rounded history over those with a plain one, and what is solved."""
+    columns = ["solver", "to", "solved, plain", "solved, rounded", "evaluations, rounded / plain"]
+    columns.append("families beyond 1.1")
+    table: list[list[Any]] = []
+    for solver in dict.fromkeys(row["solver"] for row in result["rows"]):
+        families = [row for row in result["rows"] if row["solver"] == solver]
+        for i, tolerance in enumerate(result["tolerances"]):
+            pairs = {
+                row["family"]: [
+                    (p[i], r[i]) for p, r in zip(row["plain"], row["rounded"], strict=True)
+                ]
+                for row in families
+            }
+            ratios = {name: _evaluations_ratio(both) for name, both in pairs.items()}
+            every = [pair for both in pairs.values() for pair in both]
+            beyond = [f"{name} ({ratio:.2f})" for name, ratio in ratios.items() if ratio > 1.1]
+            solved = [sum(pair[j] is not None for pair in every) for j in (0, 1)]
+            total = f"{_evaluations_ratio(every):.3f}"
+            table.append([_code(solver), f"{tolerance:g}", *solved, total, ", ".join(beyond)])
+    return _table(columns, table)
+
+
+def _evaluations_ratio(pairs: Sequence[tuple[int | None, int | None]]) -> float:
+    """Of the sums, over instances that both solve; NaN where there are none."""
+    both = [(p, r) for p, r in pairs if p is not None and r is not None]
+    return sum(r for _, r in both) / sum(p for p, _ in both) if both else math.nan
+
+
 def scaling(result: dict[str, Any]) -> str:
     """Exponents, and the peers' time over ours at the largest value."""
     rows = result["rows"]
@@ -590,6 +626,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "memory training": _measured("memory", memory_training),
         "memory solving": _measured("memory", memory_solving),
         "memory history": _measured("memory", memory_history),
+        "rounded history": _measured("rounded_history", rounded_history),
         "scaling": _measured("scaling", scaling),
         "gpus": gpus,
         "about performance": about_performance,

@@ -20,6 +20,7 @@ TIMED = {
     "mixed_difficulty": ["transformer"],
     "memory": [],
     "scaling": ["batch", "steps"],
+    "rounded_history": [],
     "gpu.wt103_block": ["bfloat16"],
     "gpu.tiny_and_mdeq": ["mdeq"],
     "gpu.kernels": [],

@@ -32,6 +32,7 @@ both_kinds = pytest.mark.parametrize("kind", ["I", "II"])
             "relaxation": st.sampled_from([1.0, 0.7]),
             "min_angle": st.sampled_from([0.0, 0.01, 0.5]),
             "ridge": st.sampled_from([1e-8, 1e-3]),
+            "history_dtype": st.sampled_from([None, "bfloat16"]),
         }
     ),
     views=st.booleans(),

@@ -42,12 +42,14 @@ def resting(iterates: list[Iterate], rests: list[bool]) -> list[Iterate]:
     rests=st.lists(st.booleans(), min_size=1, max_size=9),
     kind=st.sampled_from(["good", "bad"]),
     relaxation=st.sampled_from([1.0, 0.7]),
+    history_dtype=st.sampled_from([None, "bfloat16"]),
     views=st.booleans(),
 )
 def test_any_history(
-    both, random_iterates, device, batch, size, history_size, rests, kind, relaxation, views
-):
-    solver = Broyden(history_size, relaxation, kind=kind, fused=False)
+    both, random_iterates, device, batch, size, history_size, rests, kind, relaxation,
+    history_dtype, views,
+):  # fmt: skip
+    solver = Broyden(history_size, relaxation, kind=kind, fused=False, history_dtype=history_dtype)
     iterates = resting(random_iterates(len(rests) + 1, batch, size, device), rests)
     pair = both(solver, iterates[0], views=views)
     for iterate in iterates[:-1]:

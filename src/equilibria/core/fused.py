@@ -15,6 +15,10 @@ from torch.autograd import forward_ad
 from equilibria.core.errors import UserError
 
 Backend = Literal["numba", "triton"]
+_DTYPES = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.float64, torch.bfloat16),
+}
 
 
 def carries_derivatives() -> bool:
@@ -47,7 +51,7 @@ def kernels(name: str, like: Tensor, fused: bool | None) -> ModuleType | None:
 
     Args:
         name: what the file in `equilibria.kernels` begins with.
-        like: a packed state (B, D).
+        like: a packed state (B, D), or a history of such, in what precision it is kept.
         fused: None takes what has been measured to be faster, which is Numba on the CPU, where it
             is installed. True insists, on a GPU on Triton. False never.
 
@@ -66,7 +70,7 @@ def bookkeeping(like: Tensor, fused: bool | None) -> ModuleType | None:
 
 
 def _backend(device: str, dtype: torch.dtype, fused: bool | None) -> Backend | None:
-    if device not in ("cpu", "cuda") or dtype not in (torch.float32, torch.float64):
+    if dtype not in _DTYPES.get(device, ()):
         if fused:
             raise UserError(
                 f"fused=True has no steps for {dtype} on {device}; give fused=None, which takes "

@@ -110,7 +110,8 @@ def propose(
         previous_z: the point before.
         previous_fz: its image.
         tests: a ring's filled slots (B, n, D), or more with `filled`: differences of points for
-            kind "I", of residuals for kind "II". Slot `slot` is overwritten.
+            kind "I", of residuals for kind "II", in the precision of z or in bfloat16. Slot
+            `slot` is overwritten.
         images: differences of images, likewise.
         squares: inner products S^T S (B, n, n) of kind "I", not used for kind "II". Row and column
             `slot` are overwritten.
@@ -338,9 +339,9 @@ def _mix(
             weight = tl.load(weights + vector)
             # What is left out is not even read, and may be NaN.
             if weight != 0.0:
-                change = tl.load(at_image, mask=inside, other=0.0)
+                change = tl.load(at_image, mask=inside, other=0.0).to(z.dtype.element_ty)
                 if RELAXATION != 1.0:
-                    test = tl.load(at_test, mask=inside, other=0.0)
+                    test = tl.load(at_test, mask=inside, other=0.0).to(z.dtype.element_ty)
                     # Less a part of R, which is what type II is tested by, and F - S for type I.
                     if FIRST_KIND:
                         test = change - test

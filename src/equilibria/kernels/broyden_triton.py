@@ -103,7 +103,7 @@ def propose(
         previous_z: the point before.
         previous_fz: its image.
         vectors: a ring (B, size, D), or its filled slots (B, n, D): steps for kind "good",
-            differences of residuals for kind "bad".
+            differences of residuals for kind "bad"; in the precision of z or in bfloat16.
         images: differences of images, likewise.
         squares: inner products of `vectors`, row times column (B, n, n) or larger.
         by_images: `vectors` times `images`, likewise; not used for kind "bad".
@@ -331,7 +331,8 @@ def _mix(
             weight = tl.load(weights + vector)
             # What is left out is not even read, and may be NaN.
             if weight != 0.0:
-                mixed += weight * tl.load(at_image, mask=inside, other=0.0)
+                change = tl.load(at_image, mask=inside, other=0.0).to(z.dtype.element_ty)
+                mixed += weight * change
             at_image += image_row
         if RELAXATION != 1.0:
             point = tl.load(z + d, mask=inside, other=0.0)

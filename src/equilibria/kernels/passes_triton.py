@@ -198,26 +198,46 @@ def gather(
             new_test = point - previous_point
         else:
             new_test = residual - (previous_image - previous_point)
+        # Two conditions here, too.
+        if tests.dtype.element_ty == tl.bfloat16:
+            new_test = rounded(new_test).to(z.dtype.element_ty)
+            new_image = rounded(new_image).to(z.dtype.element_ty)
         # Two conditions: only the first is known to the compiler.
         if KEEPS:  # noqa: SIM102
             if not moved:
-                new_test = tl.load(new_test_row + d, mask=inside, other=0.0)
-                new_image = tl.load(new_image_row + d, mask=inside, other=0.0)
+                new_test = tl.load(new_test_row + d, mask=inside, other=0.0).to(z.dtype.element_ty)
+                new_image = tl.load(new_image_row + d, mask=inside, other=0.0).to(
+                    z.dtype.element_ty
+                )
         mask = older & inside[None, :]
         # The new row comes from registers: other programs of this sample may not have written it.
-        tile = tl.load(test_rows + d[None, :], mask=mask, other=0.0)
+        tile = tl.load(test_rows + d[None, :], mask=mask, other=0.0).to(z.dtype.element_ty)
         tile = tl.where(is_new, new_test[None, :], tile)
         own += tile * new_test[None, :]
         right += tile * residual[None, :]
         if POINTS:
             by_image += tile * new_image[None, :]
-            tile = tl.load(image_rows + d[None, :], mask=mask, other=0.0)
+            tile = tl.load(image_rows + d[None, :], mask=mask, other=0.0).to(z.dtype.element_ty)
             tile = tl.where(is_new, new_image[None, :], tile)
             over_images += tile * new_test[None, :]
         if writes:
-            tl.store(new_test_row + d, new_test, mask=inside)
-            tl.store(new_image_row + d, new_image, mask=inside)
+            # By way of float32: from double to bfloat16 there is no cast everywhere.
+            if tests.dtype.element_ty == tl.bfloat16:
+                tl.store(new_test_row + d, new_test.to(tl.float32).to(tl.bfloat16), mask=inside)
+                tl.store(new_image_row + d, new_image.to(tl.float32).to(tl.bfloat16), mask=inside)
+            else:
+                tl.store(new_test_row + d, new_test, mask=inside)
+                tl.store(new_image_row + d, new_image, mask=inside)
     return tl.sum(own, 1), tl.sum(right, 1), tl.sum(by_image, 1), tl.sum(over_images, 1)
+
+
+@triton.jit
+def rounded(x):
+    """To the nearest bfloat16, ties to even, as float32; casts may cut off instead."""
+    single = x.to(tl.float32)
+    bits = single.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(single == single, bits.to(tl.float32, bitcast=True), single)
 
 
 @triton.jit

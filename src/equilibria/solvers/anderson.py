@@ -11,7 +11,14 @@ from torch import Tensor
 
 from equilibria.core.errors import UserError, nearest
 from equilibria.core.fused import kernels
-from equilibria.core.history import Ring, SmallMatrix, inner_products
+from equilibria.core.history import (
+    HistoryDtype,
+    Ring,
+    SmallMatrix,
+    add_mixture,
+    dtype_of,
+    inner_products,
+)
 from equilibria.core.iterate import Iterate, choose, rms
 from equilibria.core.parameters import (
     check_not_negative,
@@ -27,10 +34,10 @@ Kind = Literal["II", "I"]
 class AndersonState:
     """Differences over the last steps with their inner products, and what the safeguard needs."""
 
-    def __init__(self, iterate: Iterate, size: int) -> None:
-        self.test_differences = Ring(iterate.z, size)
+    def __init__(self, iterate: Iterate, size: int, dtype: torch.dtype | None) -> None:
+        self.test_differences = Ring(iterate.z, size, dtype)
         """Of residuals for type II, of points for type I: what the mixed residual is tested by."""
-        self.image_differences = Ring(iterate.z, size)
+        self.image_differences = Ring(iterate.z, size, dtype)
         self.gram = SmallMatrix(iterate.z, size)
         self.squares = SmallMatrix(iterate.z, size)
         self.previous: Iterate | None = None
@@ -86,6 +93,9 @@ class Anderson(Solver):
         fused: the step compiled into two passes over the history: None (default) where that is
             known to be faster and there is no safeguard, True or an error, False never. The same
             numbers up to rounding.
+        history_dtype: "bfloat16" rounds differences when they are kept, which halves the memory
+            of the solver; all arithmetic stays in the state's precision. None (default) keeps them
+            as they are. What it costs in evaluations is in docs/performance.md.
 
     Raises:
         UserError: history_size or restart below 1, negative ridge, relaxation not in (0, 2),
@@ -107,10 +117,12 @@ class Anderson(Solver):
     restart: int | None = None
     safeguard: float | None = None
     fused: bool | None = None
+    history_dtype: HistoryDtype | None = None
 
     def __post_init__(self) -> None:
         if self.history_size is not None:
             check_positive_integer("history_size", self.history_size)
+        dtype_of(self.history_dtype)
         check_relaxation(self.relaxation)
         check_not_negative("ridge", self.ridge)
         if not 0.0 <= self.min_angle < 1.0:
@@ -157,7 +169,7 @@ class Anderson(Solver):
     def init(self, iterate: Iterate, max_steps: int) -> AndersonState:
         """Allocate the history, no longer than the solve can fill."""
         size = min(self.history_size or max_steps, self.restart or max_steps, max_steps)
-        state = AndersonState(iterate, size)
+        state = AndersonState(iterate, size, dtype_of(self.history_dtype))
         if self.safeguard is not None:
             state.guard = _Guard(iterate, size, self.safeguard)
         else:
@@ -223,13 +235,11 @@ class Anderson(Solver):
     ) -> Tensor:
         """The point of the weights (B, 1, n)."""
         images, tests = state.image_differences.vectors, state.test_differences.vectors
-        z = torch.baddbmm(iterate.fz.unsqueeze(1), gamma, images, alpha=-1.0).squeeze(1)
+        z = add_mixture(iterate.fz, gamma, images, alpha=-1.0)
         if self.relaxation == 1.0:
             return z
         # R is what type II is tested by, and F - S for type I.
-        mixed = torch.baddbmm(
-            residual.unsqueeze(1), gamma, tests, alpha=-1.0 if self.kind == "II" else 1.0
-        ).squeeze(1)
+        mixed = add_mixture(residual, gamma, tests, alpha=-1.0 if self.kind == "II" else 1.0)
         if self.kind == "I":
             mixed = mixed + (z - iterate.fz)
         return z - (1.0 - self.relaxation) * mixed

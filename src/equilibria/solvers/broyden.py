@@ -13,7 +13,14 @@ from torch import Tensor
 from equilibria.core.backtracking import backtrack
 from equilibria.core.errors import UserError, nearest
 from equilibria.core.fused import kernels
-from equilibria.core.history import Ring, SmallMatrix, inner_products
+from equilibria.core.history import (
+    HistoryDtype,
+    Ring,
+    SmallMatrix,
+    add_mixture,
+    dtype_of,
+    inner_products,
+)
 from equilibria.core.iterate import Iterate
 from equilibria.core.parameters import check_positive_integer, check_relaxation
 from equilibria.core.problem import Evaluate
@@ -25,11 +32,13 @@ Kind = Literal["good", "bad"]
 class BroydenState:
     """Vectors and image differences of the last updates, and their inner products."""
 
-    def __init__(self, iterate: Iterate, size: int, kind: Kind) -> None:
+    def __init__(
+        self, iterate: Iterate, size: int, kind: Kind, dtype: torch.dtype | None = None
+    ) -> None:
         self.kind = kind
-        self.vectors = Ring(iterate.z, size)
+        self.vectors = Ring(iterate.z, size, dtype)
         """Steps for the good method, residual differences for the bad one."""
-        self.image_differences = Ring(iterate.z, size)
+        self.image_differences = Ring(iterate.z, size, dtype)
         self.squares = SmallMatrix(iterate.z, size)
         self.by_images = SmallMatrix(iterate.z, size)
         self.previous: Iterate | None = None
@@ -142,6 +151,9 @@ class Broyden(Solver):
             then descent is not guaranteed either. Off by default: detours often pay.
         fused: the step compiled into two passes over the pairs: None (default) where that is
             known to be faster, True or an error, False never. The same numbers up to rounding.
+        history_dtype: "bfloat16" rounds pairs when they are kept, which halves the memory of the
+            solver; all arithmetic stays in the state's precision. None (default) keeps them as
+            they are. What it costs in evaluations is in docs/performance.md.
 
     Raises:
         UserError: history_size below 1, relaxation not in (0, 2), an unknown kind.
@@ -158,10 +170,12 @@ class Broyden(Solver):
     kind: Kind = "good"
     line_search: bool = False
     fused: bool | None = None
+    history_dtype: HistoryDtype | None = None
 
     def __post_init__(self) -> None:
         if self.history_size is not None:
             check_positive_integer("history_size", self.history_size)
+        dtype_of(self.history_dtype)
         check_relaxation(self.relaxation)
         if self.kind not in get_args(Kind):
             raise UserError(
@@ -190,7 +204,7 @@ class Broyden(Solver):
     def init(self, iterate: Iterate, max_steps: int) -> BroydenState:
         """Allocate the pairs, no more than the solve can fill."""
         size = min(self.history_size or max_steps, max_steps)
-        state = BroydenState(iterate, size, self.kind)
+        state = BroydenState(iterate, size, self.kind, dtype_of(self.history_dtype))
         state.fuse(self.fused, self.relaxation)
         return state
 
@@ -216,9 +230,7 @@ class Broyden(Solver):
         else:
             weigh = _weights_good if self.kind == "good" else _weights_bad
             weights = weigh(state, iterate, state.previous)
-            target = torch.baddbmm(
-                iterate.fz.unsqueeze(1), weights, state.image_differences.vectors
-            ).squeeze(1)
+            target = add_mixture(iterate.fz, weights, state.image_differences.vectors)
         state.previous = iterate
         if self.kind == "good":
             iterate.forget_residual()  # not to be kept while f is evaluated
@@ -254,7 +266,7 @@ def _weights_good(state: BroydenState, iterate: Iterate, previous: Iterate) -> T
     squares = state.squares.leading(n)
     system = state.older_rows(squares) - state.by_images.leading(n)
     right = inner_products(iterate.residual, steps)
-    return _solve(squares, system, right).to(steps.dtype).unsqueeze(1)
+    return _solve(squares, system, right).to(right.dtype).unsqueeze(1)
 
 
 def _weights_bad(state: BroydenState, iterate: Iterate, previous: Iterate) -> Tensor:
@@ -265,7 +277,7 @@ def _weights_bad(state: BroydenState, iterate: Iterate, previous: Iterate) -> Te
     state.squares.set_column(slot, column)
     state.squares.set_row(slot, column)
     squares = state.squares.leading(vectors.shape[1])
-    return _solve(squares, state.older_rows(squares), -right).to(vectors.dtype).unsqueeze(1)
+    return _solve(squares, state.older_rows(squares), -right).to(right.dtype).unsqueeze(1)
 
 
 class _TransposedInverse:
@@ -279,17 +291,24 @@ class _TransposedInverse:
         vectors, images = state.finite_pairs()
         self._vectors, self._images = vectors, images
         dtype = state.squares.dtype
-        self._squares = torch.bmm(vectors, vectors.mT).to(dtype)
+        self._squares = _products(vectors, vectors).to(dtype)
         older = state.older_rows(self._squares)
         if state.kind == "good":
-            self._system = older - torch.bmm(vectors, images.mT).to(dtype)
+            self._system = older - _products(vectors, images).to(dtype)
         else:
             self._system = -older
 
     def __call__(self, g: Tensor) -> Tensor:
         right = inner_products(g, self._images)
         weights = _solve(self._squares, self._system.mT, right).to(g.dtype)
-        return torch.baddbmm(g.unsqueeze(1), weights.unsqueeze(1), self._vectors).squeeze(1)
+        return add_mixture(g, weights.unsqueeze(1), self._vectors)
+
+
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """Of every vector (B, n, D) with every other, in single precision at least: (B, n, n)."""
+    if one.dtype != torch.bfloat16:
+        return torch.bmm(one, other.mT)
+    return torch.stack([inner_products(row.float(), other) for row in one.unbind(1)], 1)
 
 
 def _solve(squares: Tensor, system: Tensor, right: Tensor) -> Tensor:
