@@ -64,7 +64,7 @@ mutation-check: $(STAMP) ## break the code on purpose and see a test fail (half 
 bench: $(STAMP) ## measure time and memory on the CPU (about 15 minutes), then pictures and tables
 	@$(BIN)/python -c 'import torchdeq' || { \
 		echo "error: torchdeq is missing: $(BIN)/python -m pip install -e '.[peers]'" >&2; exit 1; }
-	set -e; for name in overhead training_step mixed_difficulty memory rounded_history scaling; do \
+	set -e; for name in overhead profile_step training_step mixed_difficulty memory rounded_history scaling; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name; done
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.tables

@@ -308,6 +308,7 @@ def gradients() -> str:
 
 PERFORMANCE = (
     "overhead",
+    "profile_step",
     "training_step",
     "mixed_difficulty",
     "memory",
@@ -521,6 +522,25 @@ def _evaluations_ratio(pairs: Sequence[tuple[int | None, int | None]]) -> float:
     return sum(r for _, r in both) / sum(p for p, _ in both) if both else math.nan
 
 
+def profile_step(result: dict[str, Any]) -> str:
+    """Operators of a step by kind, and what factorisations take by themselves."""
+    kinds = list(next(iter(result["profiles"].values()))["shares"])
+    rows = [
+        [name, row["operators"], *(f"{100 * row['shares'].get(kind, 0):.0f} %" for kind in kinds)]
+        for name, row in result["profiles"].items()
+    ]
+    alone = [
+        [f"{result['batch']} systems of {n}", *(f"{case['median']:.3g}" for case in cases.values())]
+        for n, cases in result["isolated"].items()
+    ]
+    names = list(next(iter(result["isolated"].values())))
+    return (
+        _table([f"a step at {result['batch']} x {result['width']}", "operators", *kinds], rows)
+        + "\n"
+        + _table(["microseconds, alone", *names], alone)
+    )
+
+
 def scaling(result: dict[str, Any]) -> str:
     """Exponents, and the peers' time over ours at the largest value."""
     rows = result["rows"]
@@ -620,6 +640,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "overhead": _measured("overhead", overhead_steps),
         "overhead ratios": _measured("overhead", overhead_ratios),
         "overhead sweep": _measured("overhead", overhead_sweep),
+        "profile": _measured("profile_step", profile_step),
         "training": _measured("training_step", training),
         "explicit": _measured("training_step", explicit),
         "difficulty": _measured("mixed_difficulty", difficulty),

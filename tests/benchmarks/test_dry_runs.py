@@ -21,6 +21,7 @@ TIMED = {
     "memory": [],
     "scaling": ["batch", "steps"],
     "rounded_history": [],
+    "profile_step": [],
     "gpu.wt103_block": ["bfloat16"],
     "gpu.tiny_and_mdeq": ["mdeq"],
     "gpu.kernels": [],
