@@ -200,12 +200,12 @@ def test_weights_survive_a_state_dict(make_model: ModelFactory, tokens: Tensor) 
 def test_number_of_parameters(make_model: ModelFactory, weight_norm: bool) -> None:
     d, inner, vocabulary = 8, 20, 11
     matrices = 3 * d * d + 3 * d * d + d * d + d * d + d * inner + inner * d
-    biases = inner + d + vocabulary + 2 * d  # feed-forward, softmax, two of attention
+    biases = inner + d + 2 * d  # feed-forward, two of attention
     lengths = 3 * d + d + inner + d if weight_norm else 0  # one per row of a normed matrix
     model = make_model(weight_norm=weight_norm)
     expected = matrices + biases + lengths
     assert model.num_parameters(embedding=False) == expected
-    assert model.num_parameters() == expected + vocabulary * d
+    assert model.num_parameters() == expected + vocabulary * (d + 1)
 
 
 def test_weight_norm_is_computed_once_per_solve(make_model: ModelFactory, tokens: Tensor) -> None:
@@ -222,7 +222,7 @@ def test_weight_norm_is_computed_once_per_solve(make_model: ModelFactory, tokens
 
 
 def test_masks_are_drawn_once_per_solve(make_model: ModelFactory, tokens: Tensor) -> None:
-    model = make_model(dropout=0.4)
+    model = make_model(dropout=0.4, attention_dropout=0.2)
     seen: list[Any] = []
     model.cell.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1].masks))
     per_solve = []
@@ -242,7 +242,7 @@ def test_masks_are_drawn_once_per_solve(make_model: ModelFactory, tokens: Tensor
         assert not torch.equal(first, second)
     seen.clear()
     _logits(model, tokens)
-    assert set(seen) == {(None, None, None)}
+    assert set(seen) == {(None, None, None, None)}
 
 
 def test_training_and_evaluation_solve_with_their_own_settings(

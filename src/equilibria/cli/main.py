@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a recipe: equilibria train [RECIPE | CONFIG.json | --resume RUN] [options]",
     "eval": "score a run, with other solver steps or memory: equilibria eval RUN [options]",
     "generate": "continue a text: equilibria generate RUN --prompt TEXT [options]",
+    "data": "list, download and check published texts: equilibria data list | get NAME",
     "recipes": "list the recipes with the number to expect",
 }
 """Sub-commands and what they do; each is a module of this package with a `main(arguments)`."""

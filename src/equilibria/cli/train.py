@@ -81,6 +81,7 @@ def load_config(source: str | None) -> tuple[str, Experiment, str]:
 def _start(given: list[str]) -> tuple[Trainer, Data]:
     source = given.pop(0) if given and not given[0].startswith("-") else None
     name, default, description = load_config(source)
+    given = ["--data.folder" if word == "--data" else word for word in given]
     experiment = parse(default, given, prog=f"equilibria train {name}", description=description)
     data = experiment.data.load()
     task = experiment.build_task(data)

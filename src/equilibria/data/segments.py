@@ -40,7 +40,7 @@ class TrainingSegments:
     stream (fewer than `length` tokens) is dropped, so that all segments have one shape.
 
     Args:
-        tokens: `(T,)`, int64.
+        tokens: `(T,)`, int64, or int32 as in a file mapped into memory; segments are int64.
         batch_size: number of streams `B`.
         length: number of targets `L` per segment, over which gradients flow.
 
@@ -135,7 +135,7 @@ def evaluation_segments(tokens: Tensor, num_streams: int, length: int) -> Iterat
     text read from end to end, as published numbers usually are.
 
     Args:
-        tokens: `(T,)`, int64, at least two.
+        tokens: `(T,)`, int64 or int32, at least two.
         num_streams: number of rows of the segments.
         length: number of targets per segment.
 
@@ -169,13 +169,13 @@ def _pad(streams: tuple[Tensor, ...], value: int) -> Tensor:
 
 def _copy(view: Tensor) -> Tensor:
     # Contiguous, so that callers may flatten with view().
-    return view.clone(memory_format=torch.contiguous_format)
+    return view.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
 
 
 def _check_tokens(tokens: Tensor) -> None:
-    if tokens.dim() != 1 or tokens.dtype != torch.int64:
+    if tokens.dim() != 1 or tokens.dtype not in (torch.int64, torch.int32):
         raise UserError(
-            f"expected one sequence of int64 tokens of shape (T,), got shape "
+            f"expected one sequence of int64 or int32 tokens of shape (T,), got shape "
             f"{tuple(tokens.shape)} and {tokens.dtype}; pass what a vocabulary's encode returns"
         )
 

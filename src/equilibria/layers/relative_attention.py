@@ -39,10 +39,16 @@ def relative_shift(scores_BHLK: Tensor) -> Tensor:
     )
 
 
-def future_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """True where key j lies in the future of query i, (L, K); the queries are the last keys."""
+def future_mask(
+    num_queries: int, num_keys: int, device: torch.device, window: int | None = None
+) -> Tensor:
+    """True where key j lies in the future of query i, (L, K); the queries are the last keys.
+
+    With a window also where it lies `window` positions or more in the past.
+    """
     i = torch.arange(num_queries, device=device).unsqueeze(1) + num_keys - num_queries
-    return torch.arange(num_keys, device=device).unsqueeze(0) > i
+    j = torch.arange(num_keys, device=device).unsqueeze(0)
+    return j > i if window is None else (j > i) | (i - j >= window)
 
 
 def relative_attention(
@@ -53,13 +59,15 @@ def relative_attention(
     content_bias_HE: Tensor,
     position_bias_HE: Tensor,
     future_LK: Tensor,
+    weight_mask_BHLK: Tensor | None = None,
 ) -> Tensor:
     """Causal attention (B, H, L, E) whose scores depend on content and on distance.
 
         score(i, j) = ((q_i + u) . k_j + (q_i + v) . p_{i-j}) / sqrt(E)
 
     The second term is handed to PyTorch's scaled_dot_product_attention as an additive mask, so
-    that the product with the values runs in its fused kernels.
+    that the product with the values runs in its fused kernels. A mask that the weights are
+    multiplied with (variational dropout) keeps the matrix of weights in memory.
 
     Source: Dai et al., Transformer-XL, arXiv 1901.02860, section 3.3 and appendix B.
     """
@@ -68,4 +76,7 @@ def relative_attention(
     by_distance = query_by_distance @ position_HKE.transpose(-1, -2)
     bias = relative_shift(by_distance).masked_fill(future_LK, -torch.inf)
     query = q_BHLE + content_bias_HE.unsqueeze(1)
-    return F.scaled_dot_product_attention(query, k_BHKE, v_BHKE, attn_mask=bias, scale=scale)
+    if weight_mask_BHLK is None:
+        return F.scaled_dot_product_attention(query, k_BHKE, v_BHKE, attn_mask=bias, scale=scale)
+    weights = (query @ k_BHKE.transpose(-1, -2) * scale + bias).softmax(-1)
+    return (weights * weight_mask_BHLK) @ v_BHKE

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
-from equilibria.core.solution import Solution
 from equilibria.deq import DEQ, Cell
+from equilibria.layers.adaptive_embedding import AdaptiveEmbedding, cluster_widths
+from equilibria.layers.adaptive_softmax import AdaptiveSoftmax
 from equilibria.layers.relative_attention import future_mask, relative_attention, sinusoids
-from equilibria.layers.variational_dropout import check_dropout, variational_mask
+from equilibria.layers.variational_dropout import check_dropout, dropout_mask, variational_mask
 from equilibria.models.config import ModelConfig, SolveConfig
+from equilibria.models.output import FullSoftmax, LanguageModelOutput, Softmax
 from equilibria.normalizations.weight_norm import add_weight_norm
 
 
@@ -50,6 +52,20 @@ class DEQTransformerConfig(ModelConfig):
     per sample and solve, shared over time."""
     embedding_dropout: float = 0.05
     """Ordinary dropout on the embeddings and before the output layer."""
+    attention_dropout: float = 0.0
+    """Dropout of the attention's weights, one mask per solve; above 0 no fused kernels are used."""
+    position_dropout: float = 0.0
+    """Dropout of the embedded distances, one mask per solve."""
+    attention_window: int | None = None
+    """Positions a query attends to, itself included; None for all of segment and memory."""
+    d_embed: int | None = None
+    """Width of the embeddings; None for d_model. Another one is projected."""
+    cutoffs: tuple[int, ...] = ()
+    """Token ids at which clusters of rarer words begin: adaptive embedding and softmax."""
+    div_val: int = 1
+    """Every cluster's embedding is so many times narrower than the one before."""
+    tie_first_projection: bool = True
+    """Whether the softmax shares the first cluster's projection, too."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     solve: SolveConfig = SolveConfig()
@@ -68,9 +84,24 @@ class DEQTransformerConfig(ModelConfig):
         if self.norm not in ("post", "pre"):
             raise UserError(f"norm={self.norm!r} is neither 'post' nor 'pre'")
         check_dropout("dropout", self.dropout)
-        check_dropout("embedding_dropout", self.embedding_dropout)
+        for name in ("embedding_dropout", "attention_dropout", "position_dropout"):
+            check_dropout(name, getattr(self, name))
+        for name in ("attention_window", "d_embed"):
+            if getattr(self, name) is not None:
+                check_positive_integer(name, getattr(self, name))
+        cluster_widths(self.d_embed or self.d_model, len(self.cutoffs) + 1, self.div_val)
+        if not self.tie_first_projection and not self.is_adaptive:
+            raise UserError(
+                "tie_first_projection=False, but without cutoffs or another d_embed there is no "
+                "projection to tie; leave it out"
+            )
         if not self.init_std > 0:
             raise UserError(f"init_std={self.init_std} must be above 0")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the embedding has clusters or a width of its own."""
+        return bool(self.cutoffs) or self.d_embed not in (None, self.d_model)
 
     def build(self, vocabulary_size: int) -> DEQTransformer:
         """Make the model with freshly drawn parameters."""
@@ -103,6 +134,7 @@ class _Masks(NamedTuple):
     attention: Tensor | None
     inner: Tensor | None
     output: Tensor | None
+    weights_BHLK: Tensor | None = None
 
 
 class Injection(NamedTuple):
@@ -164,18 +196,27 @@ class DEQTransformerCell(Cell):
         memory_k, memory_v = memory_kv.chunk(2, dim=-1)
         length = x.shape[1]
         num_keys = memory.length + length
-        position = self.position(sinusoids(num_keys, self.config.d_model, x))
+        config = self.config
+        distances = sinusoids(num_keys, config.d_model, x)
+        if self.training and config.position_dropout:
+            distances = distances * dropout_mask(x, distances.shape, config.position_dropout)
+        position = self.position(distances)
+        weights_mask = None
+        if self.training and config.attention_dropout:
+            shape = (x.shape[0], config.num_heads, length, num_keys)
+            weights_mask = dropout_mask(x, shape, config.attention_dropout)
         return Injection(
             qkv=qkv,
             memory_k=memory_k,
             memory_v=memory_v,
             position_HKE=position.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1),
-            future_LK=future_mask(length, num_keys, x.device),
+            future_LK=future_mask(length, num_keys, x.device, config.attention_window),
             weights=weights,
             masks=_Masks(
                 self._mask(x, self.config.d_model),
                 self._mask(x, self.config.d_inner),
                 self._mask(x, self.config.d_model),
+                weights_mask,
             ),
         )
 
@@ -228,6 +269,7 @@ class DEQTransformerCell(Cell):
             self.content_bias,
             self.position_bias,
             injection.future_LK,
+            injection.masks.weights_BHLK,
         )
         return F.linear(attended.transpose(1, 2).flatten(2), injection.weights.output)
 
@@ -242,16 +284,10 @@ class DEQTransformerCell(Cell):
         return variational_mask(x, width, self.config.dropout, self.training)
 
 
-class LanguageModelOutput(NamedTuple):
-    """Logits (B, L, V), the memory for the next segment, and how the solve went."""
-
-    logits: Tensor
-    memory: Memory
-    solution: Solution
-
-
 class DEQTransformer(nn.Module):
-    """Language model: embedding, DEQ layer, tied softmax.
+    """Language model: embedding, DEQ layer, softmax with the embedding's weights.
+
+    With `cutoffs` or a `d_embed` of its own, embedding and softmax are adaptive.
 
     Args:
         config: hyper-parameters.
@@ -262,8 +298,7 @@ class DEQTransformer(nn.Module):
         super().__init__()
         check_positive_integer("vocabulary_size", vocabulary_size)
         self.config = config
-        self.embedding = nn.Embedding(vocabulary_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
+        self.embedding = _embedding(config, vocabulary_size)
         train, evaluation = config.solve.train_settings(), config.solve.eval_settings()
         self.deq = DEQ(
             DEQTransformerCell(config),
@@ -277,13 +312,21 @@ class DEQTransformer(nn.Module):
             eval_max_steps=evaluation.max_steps,
         )
         self.dropout = nn.Dropout(config.embedding_dropout)
-        self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
+        if isinstance(self.embedding, AdaptiveEmbedding):
+            self.adaptive_softmax = AdaptiveSoftmax(
+                self.embedding,
+                tie_first_projection=config.tie_first_projection,
+                init_std=config.init_std,
+            )
+        else:
+            self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
 
     def forward(
         self,
         tokens: Tensor,
         memory: Memory | None = None,
         *,
+        targets: Tensor | None = None,
         memory_length: int = 0,
         settings: SolveSettings | None = None,
         trace: bool = False,
@@ -293,16 +336,16 @@ class DEQTransformer(nn.Module):
         Args:
             tokens: ids, int64.
             memory: what the previous segment returned; None at the start of a text.
+            targets: ids (B, L) to be predicted, whose losses are then returned, not the logits.
             memory_length: positions to keep for the next segment.
             settings: of this solve only, instead of the layer's own.
             trace: record the residual of every solver step.
         """
-        embedded = self.embedding(tokens) * math.sqrt(self.config.d_model)
-        injection = self.cell.inject(self.dropout(embedded), memory)
+        injection = self.cell.inject(self.dropout(self._embed(tokens)), memory)
         solution = self.deq.solve(injection, settings=settings, trace=trace)
-        logits = F.linear(self.dropout(solution.z), self.embedding.weight, self.output_bias)
         remembered = self.cell.remember(solution.z, injection, memory, memory_length)
-        return LanguageModelOutput(logits, remembered, solution)
+        hidden = self.dropout(solution.z)
+        return LanguageModelOutput.of(hidden, self.softmax, targets, remembered, solution)
 
     def memory_from(self, tensors: Sequence[Tensor]) -> Memory:
         """Rebuild a memory from its tensors, in the order in which it iterates.
@@ -325,9 +368,41 @@ class DEQTransformer(nn.Module):
         return cast(DEQTransformerCell, self.deq.cell)
 
     def num_parameters(self, *, embedding: bool = True) -> int:
-        """Number of trainable scalars, with or without the embedding shared with the softmax."""
-        total = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return total if embedding else total - self.embedding.weight.numel()
+        """Number of trainable scalars, with or without embedding and softmax.
+
+        Without are the parameters of the block alone.
+        """
+        counted = self if embedding else self.deq
+        return sum(p.numel() for p in counted.parameters() if p.requires_grad)
+
+    @property
+    def softmax(self) -> Softmax:
+        """The last layer, which shares its weights with the embedding."""
+        if isinstance(self.embedding, AdaptiveEmbedding):
+            return self.adaptive_softmax
+        return FullSoftmax(self.embedding.weight, self.output_bias)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if isinstance(self.embedding, AdaptiveEmbedding):
+            return self.embedding(tokens)
+        return self.embedding(tokens) * math.sqrt(self.config.d_model)
+
+
+def _embedding(
+    config: DEQTransformerConfig, vocabulary_size: int
+) -> nn.Embedding | AdaptiveEmbedding:
+    if config.is_adaptive:
+        return AdaptiveEmbedding(
+            vocabulary_size,
+            config.d_model,
+            d_embed=config.d_embed,
+            cutoffs=config.cutoffs,
+            div_val=config.div_val,
+            init_std=config.init_std,
+        )
+    embedding = nn.Embedding(vocabulary_size, config.d_model)
+    nn.init.normal_(embedding.weight, std=config.d_model**-0.5)
+    return embedding
 
 
 def _layer_norm(x: Tensor) -> Tensor:

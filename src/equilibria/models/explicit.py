@@ -1,21 +1,11 @@
-"""What explicit models share: they return the same things as a DEQ and solve nothing."""
+"""What explicit models share: they are called as a DEQ is and solve nothing."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from torch import Tensor, nn
+from torch import nn
 
 from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
-
-
-class ExplicitOutput(NamedTuple):
-    """Logits (B, L, V), the memory for the next segment, and no solve."""
-
-    logits: Tensor
-    memory: tuple[Tensor, ...]
-    solution: None = None
 
 
 def refuse_solve(model: nn.Module, settings: SolveSettings | None) -> None:

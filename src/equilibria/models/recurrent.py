@@ -22,7 +22,8 @@ from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
 from equilibria.layers.variational_dropout import check_dropout
 from equilibria.models.config import ModelConfig
-from equilibria.models.explicit import ExplicitOutput, count_parameters, refuse_solve
+from equilibria.models.explicit import count_parameters, refuse_solve
+from equilibria.models.output import FullSoftmax, LanguageModelOutput
 
 Unit = Literal["lstm", "gru"]
 
@@ -87,25 +88,28 @@ class Recurrent(nn.Module):
         tokens: Tensor,
         memory: Sequence[Tensor] | None = None,
         *,
+        targets: Tensor | None = None,
         memory_length: int = 0,
         settings: SolveSettings | None = None,
         trace: bool = False,
-    ) -> ExplicitOutput:
+    ) -> LanguageModelOutput:
         """Predict the token after each of `tokens` (B, L).
 
         Args:
             tokens: ids, int64.
             memory: the state after the previous segment; None at the start of a text.
+            targets: ids (B, L) to be predicted, whose losses are then returned, not the logits.
             memory_length: 0 to forget the state; any other number keeps it, whatever it is.
             settings: must be None, there is nothing to solve.
             trace: no effect, likewise.
         """
         refuse_solve(self, settings)
         hidden, state = self.layers(self.dropout(self.embedding(tokens)), self._state(memory))
-        logits = self.output(self.dropout(hidden))
         kept = cast(tuple[Tensor, ...], state if self.config.unit == "lstm" else (state,))
         remembered = tuple(s.detach().transpose(0, 1).contiguous() for s in kept)
-        return ExplicitOutput(logits, remembered if memory_length else ())
+        softmax = FullSoftmax(self.output.weight, self.output.bias)
+        memory = remembered if memory_length else ()
+        return LanguageModelOutput.of(self.dropout(hidden), softmax, targets, memory)
 
     def memory_from(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Rebuild a memory from its tensors (B, N, D).

@@ -26,7 +26,8 @@ from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
 from equilibria.layers.variational_dropout import check_dropout
 from equilibria.models.config import ModelConfig
-from equilibria.models.explicit import ExplicitOutput, count_parameters, refuse_solve
+from equilibria.models.explicit import count_parameters, refuse_solve
+from equilibria.models.output import FullSoftmax, LanguageModelOutput
 from equilibria.normalizations.weight_norm import add_weight_norm
 
 
@@ -118,15 +119,17 @@ class TCN(nn.Module):
         tokens: Tensor,
         memory: Sequence[Tensor] | None = None,
         *,
+        targets: Tensor | None = None,
         memory_length: int = 0,
         settings: SolveSettings | None = None,
         trace: bool = False,
-    ) -> ExplicitOutput:
+    ) -> LanguageModelOutput:
         """Predict the token after each of `tokens` (B, L).
 
         Args:
             tokens: ids, int64.
             memory: ids (B, M) that came before, read again; None at the start of a text.
+            targets: ids (B, L) to be predicted, whose losses are then returned, not the logits.
             memory_length: ids to keep for the next segment; the receptive field less one makes
                 segments equal to the whole text.
             settings: must be None, there is nothing to solve.
@@ -135,9 +138,10 @@ class TCN(nn.Module):
         refuse_solve(self, settings)
         text = torch.cat((memory[0], tokens), dim=1) if memory else tokens
         hidden = self.blocks(self.embedding(text).transpose(1, 2)).transpose(1, 2)
-        logits = self.output(hidden[:, text.shape[1] - tokens.shape[1] :])
+        hidden = hidden[:, text.shape[1] - tokens.shape[1] :]
         kept = text[:, max(text.shape[1] - memory_length, 0) :].contiguous()
-        return ExplicitOutput(logits, (kept,) if memory_length else ())
+        softmax = FullSoftmax(self.output.weight, self.output.bias)
+        return LanguageModelOutput.of(hidden, softmax, targets, (kept,) if memory_length else ())
 
     def memory_from(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Rebuild a memory from its ids (B, M).

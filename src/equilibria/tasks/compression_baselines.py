@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Self, cast
 
+import torch
 from torch import Tensor
 
 from equilibria.core.errors import UserError
@@ -163,6 +164,19 @@ def xz_standalone_bits_per_character(text: str) -> float:
     """
     _require_text(text)
     return 8 * _xz_size(text) / len(text)
+
+
+def unigram_bits_per_token(train: Tensor, test: Tensor, vocabulary_size: int) -> float:
+    """Return the bits per token of the training split's word frequencies.
+
+        p(w) = (c(w) + 1) / (T + vocabulary_size)
+
+    Every token of `test` but the first is predicted. Bounded memory for splits that stay on disk.
+    """
+    counts = torch.ones(vocabulary_size, dtype=torch.float64)
+    for chunk in train.split(2**20):
+        counts += torch.bincount(chunk, minlength=vocabulary_size)
+    return -(counts / counts.sum()).log2()[test[1:].long()].mean().item()
 
 
 def baselines(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equilibria.api import SolveSettings
@@ -45,6 +44,8 @@ class LanguageModelOutput(Protocol):
     @property
     def logits(self) -> Tensor: ...
     @property
+    def losses(self) -> Tensor | None: ...
+    @property
     def memory(self) -> tuple[Tensor, ...]: ...
     @property
     def solution(self) -> Solution | None: ...
@@ -58,6 +59,7 @@ class LanguageModel(Protocol):
         tokens: Tensor,
         memory: Any = None,
         *,
+        targets: Tensor | None = None,
         memory_length: int = 0,
         settings: SolveSettings | None = None,
         trace: bool = False,
@@ -140,11 +142,12 @@ class LanguageModeling(Task):
         output = self.language_model(
             segment.inputs.to(self._device),
             self._memory,
+            targets=segment.targets.to(self._device),
             memory_length=self.config.memory_length,
             settings=unrolled_settings(self.config.pretrain_layers) if unrolled else None,
         )
         self._memory = output.memory if self.config.memory_length else None
-        loss = _cross_entropy(output.logits, segment.targets, "mean")
+        loss = _losses(output).mean()
         phase: Phase = "unrolled" if unrolled else "equilibrium"
         return StepLoss(
             loss,
@@ -167,10 +170,11 @@ class LanguageModeling(Task):
                     output = self.language_model(
                         segment.inputs.to(self._device),
                         memory,
+                        targets=segment.targets.to(self._device),
                         memory_length=self.config.memory_length_in_evaluation,
                     )
                     memory = output.memory if self.config.memory_length_in_evaluation else None
-                    total += _cross_entropy(output.logits, segment.targets, "sum").item()
+                    total += _losses(output).sum().item()
                     num_items += int((segment.targets >= 0).sum())
                     if output.solution is not None:
                         solutions.append(output.solution)
@@ -190,10 +194,14 @@ class LanguageModeling(Task):
         self.model.eval()
         try:
             with torch.enable_grad():
-                output = self.language_model(segment.inputs.to(self._device), trace=True)
+                output = self.language_model(
+                    segment.inputs.to(self._device),
+                    targets=segment.targets.to(self._device),
+                    trace=True,
+                )
                 if output.solution is None:
                     return None
-                loss = _cross_entropy(output.logits, segment.targets, "mean")
+                loss = _losses(output).mean()
                 # grad() and not backward(): a look at the model leaves no gradients behind.
                 parameters = [p for p in self.model.parameters() if p.requires_grad]
                 torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -221,7 +229,10 @@ class LanguageModeling(Task):
         )
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), reduction=reduction
-    )
+def _losses(output: LanguageModelOutput) -> Tensor:
+    if output.losses is None:
+        raise UserError(
+            "the model was called with targets and returned no losses; its output needs a field "
+            "'losses' with their negative log-likelihoods (B, L)"
+        )
+    return output.losses

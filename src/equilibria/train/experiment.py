@@ -45,11 +45,17 @@ class Corpus(Data, Protocol):
     @property
     def test(self) -> Tensor: ...
     @property
+    def vocabulary(self) -> Vocabulary: ...
+
+
+@runtime_checkable  # the report asks whether general compression compares
+class CharacterCorpus(Corpus, Protocol):
+    """A corpus whose tokens are characters."""
+
+    @property
     def train_text(self) -> str: ...
     @property
     def test_text(self) -> str: ...
-    @property
-    def vocabulary(self) -> Vocabulary: ...
 
 
 @runtime_checkable  # the command line asks whether the default is one, to offer its options

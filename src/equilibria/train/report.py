@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from equilibria.tasks.compression_baselines import baselines
+from equilibria.tasks.compression_baselines import baselines, unigram_bits_per_token
 from equilibria.tasks.generation import SamplingConfig, generate
 from equilibria.tasks.language_modeling import LanguageModeling, LanguageModelingConfig
 from equilibria.tasks.task import Evaluation, Task
 from equilibria.train.environment import peak_memory_mib
-from equilibria.train.experiment import Corpus, Data, Experiment
+from equilibria.train.experiment import CharacterCorpus, Corpus, Data, Experiment
 from equilibria.train.loop import Trainer
 from equilibria.train.progress import readable
 from equilibria.train.run_folder import RunFolder
@@ -57,11 +57,16 @@ def finish(trainer: Trainer, data: Data) -> dict[str, Any]:
     }
     _write_trace(trainer)
     run.write_json("summary.json", summary)
-    bits = summary.get("baseline_bits_per_character") or {
-        name: loss / math.log(2.0) for name, loss in task.baselines.items()
-    }
-    plot_run(run.path, baselines=bits)
+    plot_run(run.path, baselines=_baseline_bits(summary, task))
     return summary
+
+
+def _baseline_bits(summary: dict[str, Any], task: Task) -> dict[str, float]:
+    """Of whatever a token is."""
+    for unit in ("character", "token"):
+        if bits := summary.get(f"baseline_bits_per_{unit}"):
+            return bits
+    return {name: loss / math.log(2.0) for name, loss in task.baselines.items()}
 
 
 def _scores(task: Task, test: Evaluation, data: Data, experiment: Experiment) -> dict[str, Any]:
@@ -71,13 +76,21 @@ def _scores(task: Task, test: Evaluation, data: Data, experiment: Experiment) ->
             "num_test_items": test.num_items,
             "baseline_losses": task.baselines,
         }
-    bits = baselines(data.train, data.test, data.train_text, data.test_text, len(data.vocabulary))
-    return {
+    size = len(data.vocabulary)
+    scores = {
         "test_perplexity": math.exp(min(test.loss, 700.0)),
+        "sample": _sample(task, task.config, data, experiment),
+    }
+    if not isinstance(data, CharacterCorpus):
+        bits = unigram_bits_per_token(data.train, data.test, size)
+        figures = {"num_test_tokens": test.num_items, "baseline_bits_per_token": {"unigram": bits}}
+        return {**scores, **figures}
+    bits = baselines(data.train, data.test, data.train_text, data.test_text, size)
+    return {
+        **scores,
         "test_bits_per_character": test.loss / math.log(2.0),
         "num_test_characters": test.num_items,
         "baseline_bits_per_character": dict(bits),
-        "sample": _sample(task, task.config, data, experiment),
     }
 
 
@@ -147,14 +160,15 @@ def render(summary: dict[str, Any], run: RunFolder) -> str:
 
 
 def _render_text_scores(summary: dict[str, Any]) -> list[str]:
+    unit = "character" if "num_test_characters" in summary else "token"
     scores = {
-        "DEQ model (this run)": summary["test_bits_per_character"],
-        **{_NAMES[name]: value for name, value in summary["baseline_bits_per_character"].items()},
+        "this run": math.log2(summary["test_perplexity"]),
+        **{_NAMES[name]: bits for name, bits in summary[f"baseline_bits_per_{unit}"].items()},
     }
     return [
         "",
-        f"test split, {summary['num_test_characters']} characters:",
-        f"  {'':32} bits/character   perplexity",
+        f"test split, {summary[f'num_test_{unit}s']} {unit}s:",
+        f"  {'':32} {'bits/' + unit:>14}   perplexity",
         *(
             f"  {name:32} {bits:14.3f} {2.0**bits:12.2f}"
             for name, bits in sorted(scores.items(), key=lambda item: item[1])

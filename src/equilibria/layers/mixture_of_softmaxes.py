@@ -1,0 +1,62 @@
+"""A softmax of more than the rank of its input.
+
+Shape suffixes: B batch, L length, D width of the model, K softmaxes, E width of the embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equilibria.core.parameters import check_positive_integer
+from equilibria.layers.adaptive_softmax import IGNORE_INDEX
+
+
+class MixtureOfSoftmaxes(nn.Module):
+    """Several softmaxes over the same embedding, mixed by the input.
+
+        p(w | h) = sum_k pi_k softmax(E tanh(W_k h) + b)[w],   pi = softmax(V h)
+
+    The logarithm of a mixture is not linear in h, so that the matrix of log-probabilities over all
+    contexts can have more than the rank of E. Cost: K times the logits of one softmax.
+
+    Args:
+        weight: the embedding (V, E), shared.
+        d_model: width of the input (D).
+        num_softmaxes: K.
+        dropout: of what is inside tanh, as in the reference; one mask per call.
+
+    Raises:
+        UserError: a count below 1.
+
+    References:
+        Yang et al., Breaking the softmax bottleneck, arXiv 1711.03953, section 3.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, d_model: int, num_softmaxes: int, *, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        check_positive_integer("num_softmaxes", num_softmaxes)
+        self.weight = weight
+        vocabulary, width = weight.shape
+        self.prior = nn.Linear(d_model, num_softmaxes, bias=False)
+        self.latent = nn.Linear(d_model, num_softmaxes * width)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        self.dropout = nn.Dropout(dropout)
+
+    def losses(self, hidden_BLD: Tensor, targets_BL: Tensor) -> Tensor:
+        """Negative log-likelihood of targets (B, L), float32; 0 where they are `IGNORE_INDEX`."""
+        found = self.log_probabilities(hidden_BLD).flatten(0, -2)
+        losses = F.nll_loss(
+            found, targets_BL.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        )
+        return losses.view(targets_BL.shape)
+
+    def log_probabilities(self, hidden_BLD: Tensor) -> Tensor:
+        """Of every token (B, L, V), float32."""
+        prior = self.prior(hidden_BLD).float().log_softmax(-1)
+        latent = self.latent(hidden_BLD).unflatten(-1, (prior.shape[-1], -1))
+        logits = F.linear(self.dropout(torch.tanh(latent)), self.weight, self.bias)
+        return torch.logsumexp(prior.unsqueeze(-1) + logits.float().log_softmax(-1), dim=-2)
