@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from equilibria import UserError, recipes
 from equilibria.train.config_file import from_json, to_json
@@ -29,6 +30,8 @@ TINY: dict[str, Any] = {
         "d_model": 8,
         "d_hidden": 8,
         "num_blocks": 2,
+        "cutoffs": [],
+        "div_val": 1,
         "num_heads": 2,
         "d_inner": 12,
         "solve": {"max_steps": 4, "eval_max_steps": 4},
@@ -51,13 +54,18 @@ def _tiny(experiment: Experiment, text_file: Path) -> Experiment:
     if not experiment.task.pretrain_steps:  # an explicit model has nothing to unroll
         del present["task"]["pretrain_steps"]
     small = from_json(experiment, _known(TINY, present))
-    return from_json(small, _known({"data": {"path": str(text_file)}}, to_json(experiment)))
+    texts = {"path": str(text_file), "name": None, "folder": str(text_file.parent)}
+    if "cache" in present["data"]:  # words
+        texts["cache"] = str(text_file.parent / "cache")
+    return from_json(small, _known({"data": texts}, to_json(small)))
 
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
     file.write_text("the quick brown dog\n" * 20)
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"ptb.{split}.txt").write_text("the quick brown dog\n" * 20)
     return file
 
 
@@ -93,7 +101,8 @@ def test_a_recipe_has_a_consistent_schedule(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_builds_at_full_size(name: str) -> None:
     experiment = recipes.load(name).experiment
-    model = experiment.model.build(100)
+    with torch.device("meta"):
+        model = experiment.model.build(267_735)
     assert sum(parameter.numel() for parameter in model.parameters()) > 1000
 
 

@@ -10,7 +10,6 @@ Source: Bai, Kolter, Koltun, Deep Equilibrium Models, arXiv 1909.01377, section 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
@@ -21,87 +20,21 @@ from torch import Tensor, nn
 
 from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
-from equilibria.core.parameters import check_positive_integer
 from equilibria.deq import DEQ, Cell
-from equilibria.layers.adaptive_embedding import AdaptiveEmbedding, cluster_widths
-from equilibria.layers.adaptive_softmax import AdaptiveSoftmax
 from equilibria.layers.relative_attention import future_mask, relative_attention, sinusoids
-from equilibria.layers.variational_dropout import check_dropout, dropout_mask, variational_mask
-from equilibria.models.config import ModelConfig, SolveConfig
-from equilibria.models.output import FullSoftmax, LanguageModelOutput, Softmax
+from equilibria.layers.variational_dropout import dropout_mask, variational_mask
+from equilibria.models.config import SolveConfig
+from equilibria.models.output import LanguageModelOutput
+from equilibria.models.transformer import TransformerConfig, TransformerEnds
 from equilibria.normalizations.weight_norm import add_weight_norm
 
 
 @dataclass(frozen=True)
-class DEQTransformerConfig(ModelConfig):
+class DEQTransformerConfig(TransformerConfig):
     """Hyper-parameters of a DEQ-Transformer language model."""
 
-    d_model: int = 128
-    """Width of embeddings and hidden states."""
-    num_heads: int = 4
-    """Attention heads; must divide d_model."""
-    d_inner: int = 512
-    """Width of the feed-forward layer."""
-    norm: Literal["post", "pre"] = "post"
-    """Layer norm after the second residual sum (as published) or instead before the attention.
-    Pre-norm needs Jacobian regularisation or few steps to train stably."""
-    weight_norm: bool = True
-    """Split every weight of the block into direction and length; computed once per solve."""
-    dropout: float = 0.05
-    """Variational dropout on the sub-layers' outputs and inside the feed-forward layer; one mask
-    per sample and solve, shared over time."""
-    embedding_dropout: float = 0.05
-    """Ordinary dropout on the embeddings and before the output layer."""
-    attention_dropout: float = 0.0
-    """Dropout of the attention's weights, one mask per solve; above 0 no fused kernels are used."""
-    position_dropout: float = 0.0
-    """Dropout of the embedded distances, one mask per solve."""
-    attention_window: int | None = None
-    """Positions a query attends to, itself included; None for all of segment and memory."""
-    d_embed: int | None = None
-    """Width of the embeddings; None for d_model. Another one is projected."""
-    cutoffs: tuple[int, ...] = ()
-    """Token ids at which clusters of rarer words begin: adaptive embedding and softmax."""
-    div_val: int = 1
-    """Every cluster's embedding is so many times narrower than the one before."""
-    tie_first_projection: bool = True
-    """Whether the softmax shares the first cluster's projection, too."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights."""
     solve: SolveConfig = SolveConfig()
     """How the equilibrium is found and differentiated."""
-
-    def __post_init__(self) -> None:
-        for name in ("d_model", "num_heads", "d_inner"):
-            check_positive_integer(name, getattr(self, name))
-        if self.d_model % self.num_heads:
-            divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
-            raise UserError(
-                f"num_heads={self.num_heads} does not divide d_model={self.d_model}; choose a "
-                f"divisor such as {min(divisors, key=lambda n: abs(n - self.num_heads))}, or "
-                "another d_model"
-            )
-        if self.norm not in ("post", "pre"):
-            raise UserError(f"norm={self.norm!r} is neither 'post' nor 'pre'")
-        check_dropout("dropout", self.dropout)
-        for name in ("embedding_dropout", "attention_dropout", "position_dropout"):
-            check_dropout(name, getattr(self, name))
-        for name in ("attention_window", "d_embed"):
-            if getattr(self, name) is not None:
-                check_positive_integer(name, getattr(self, name))
-        cluster_widths(self.d_embed or self.d_model, len(self.cutoffs) + 1, self.div_val)
-        if not self.tie_first_projection and not self.is_adaptive:
-            raise UserError(
-                "tie_first_projection=False, but without cutoffs or another d_embed there is no "
-                "projection to tie; leave it out"
-            )
-        if not self.init_std > 0:
-            raise UserError(f"init_std={self.init_std} must be above 0")
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether the embedding has clusters or a width of its own."""
-        return bool(self.cutoffs) or self.d_embed not in (None, self.d_model)
 
     def build(self, vocabulary_size: int) -> DEQTransformer:
         """Make the model with freshly drawn parameters."""
@@ -109,10 +42,13 @@ class DEQTransformerConfig(ModelConfig):
 
 
 class Memory(NamedTuple):
-    """What a segment leaves to the next: equilibrium (B, M, D) and its injection (B, M, 2D)."""
+    """What a segment leaves to the next: equilibrium (B, M, D) and its injection (B, M, 2D).
+
+    A layer without an injection leaves its input and nothing else.
+    """
 
     z: Tensor
-    kv_injection: Tensor
+    kv_injection: Tensor | None
 
     @property
     def length(self) -> int:
@@ -140,7 +76,7 @@ class _Masks(NamedTuple):
 class Injection(NamedTuple):
     """Everything one solve needs that does not depend on z."""
 
-    qkv: Tensor
+    qkv: Tensor | None
     memory_k: Tensor
     memory_v: Tensor
     position_HKE: Tensor
@@ -161,11 +97,11 @@ class DEQTransformerCell(Cell):
     added to z, so f(z + c) = f(z) + c and I - J is singular everywhere.
     """
 
-    def __init__(self, config: DEQTransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, injected: bool = True) -> None:
         super().__init__()
         width, inner = config.d_model, config.d_inner
         self.config = config
-        self.injection = nn.Linear(width, 3 * width, bias=False)
+        self.injection = nn.Linear(width, 3 * width, bias=False) if injected else None
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.position = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
@@ -188,12 +124,9 @@ class DEQTransformerCell(Cell):
         weights = _Weights(
             self.qkv.weight, self.output.weight, self.expand.weight, self.contract.weight
         )
-        qkv = self.injection(x)
         if memory is None:
             memory = self.empty_memory(x)
-        kv_weight = weights.qkv[self.config.d_model :]
-        memory_kv = F.linear(self._normalised(memory.z, "pre"), kv_weight) + memory.kv_injection
-        memory_k, memory_v = memory_kv.chunk(2, dim=-1)
+        memory_k, memory_v = self._memory_kv(memory, weights)
         length = x.shape[1]
         num_keys = memory.length + length
         config = self.config
@@ -206,7 +139,7 @@ class DEQTransformerCell(Cell):
             shape = (x.shape[0], config.num_heads, length, num_keys)
             weights_mask = dropout_mask(x, shape, config.attention_dropout)
         return Injection(
-            qkv=qkv,
+            qkv=None if self.injection is None else self.injection(x),
             memory_k=memory_k,
             memory_v=memory_v,
             position_HKE=position.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1),
@@ -222,7 +155,7 @@ class DEQTransformerCell(Cell):
 
     def initial_state(self, injection: Injection) -> Tensor:
         """Zeros (B, L, D)."""
-        return torch.zeros_like(injection.qkv[..., : self.config.d_model])
+        return torch.zeros_like(_injected(injection.qkv)[..., : self.config.d_model])
 
     def forward(self, z: Tensor, injection: Injection) -> Tensor:
         """Apply the block once: (B, L, D) -> (B, L, D)."""
@@ -236,7 +169,7 @@ class DEQTransformerCell(Cell):
     def select(self, injection: Injection, rows: Tensor) -> Injection:
         """The injection of some sequences of the batch only."""
         return injection._replace(
-            qkv=injection.qkv[rows],
+            qkv=_injected(injection.qkv)[rows],
             memory_k=injection.memory_k[rows],
             memory_v=injection.memory_v[rows],
             masks=_Masks(*(None if mask is None else mask[rows] for mask in injection.masks)),
@@ -245,22 +178,36 @@ class DEQTransformerCell(Cell):
     def empty_memory(self, x: Tensor) -> Memory:
         """A memory of length 0 for the batch of `x`."""
         batch, width = x.shape[0], self.config.d_model
-        return Memory(x.new_zeros(batch, 0, width), x.new_zeros(batch, 0, 2 * width))
+        injected = None if self.injection is None else x.new_zeros(batch, 0, 2 * width)
+        return Memory(x.new_zeros(batch, 0, width), injected)
+
+    def with_memory(self, injection: Injection, memory: Memory) -> Injection:
+        """The same, but for another memory of the same length."""
+        memory_k, memory_v = self._memory_kv(memory, injection.weights)
+        return injection._replace(memory_k=memory_k, memory_v=memory_v)
 
     def remember(
         self, z: Tensor, injection: Injection, memory: Memory | None, length: int
     ) -> Memory:
         """Append a solved segment to the memory and keep its last `length` positions."""
-        new = Memory(z.detach(), injection.qkv[..., self.config.d_model :].detach())
-        if memory is not None:
-            new = Memory(*(torch.cat(pair, dim=1) for pair in zip(memory, new, strict=True)))
-        start = max(new.length - length, 0)
-        # Contiguous: a view would keep the whole of both segments alive, and a memory read back
-        # from a checkpoint, which has other strides, could give other last digits.
-        return Memory(*(tensor[:, start:].contiguous() for tensor in new))
+        injected = None
+        if injection.qkv is not None:
+            old = None if memory is None else memory.kv_injection
+            injected = last_positions(old, injection.qkv[..., self.config.d_model :], length)
+        return Memory(last_positions(None if memory is None else memory.z, z, length), injected)
+
+    def _memory_kv(self, memory: Memory, weights: _Weights) -> Sequence[Tensor]:
+        """Keys and values (B, M, D) of a memory."""
+        kv = F.linear(self._normalised(memory.z, "pre"), weights.qkv[self.config.d_model :])
+        if memory.kv_injection is not None:
+            kv = kv + memory.kv_injection
+        return kv.chunk(2, dim=-1)
 
     def _attend(self, z: Tensor, injection: Injection) -> Tensor:
-        q, k, v = (F.linear(z, injection.weights.qkv) + injection.qkv).chunk(3, dim=-1)
+        qkv = F.linear(z, injection.weights.qkv)
+        if injection.qkv is not None:
+            qkv = qkv + injection.qkv
+        q, k, v = qkv.chunk(3, dim=-1)
         attended = relative_attention(
             self._heads(q),
             self._heads(torch.cat((injection.memory_k, k), dim=1)),
@@ -284,10 +231,8 @@ class DEQTransformerCell(Cell):
         return variational_mask(x, width, self.config.dropout, self.training)
 
 
-class DEQTransformer(nn.Module):
+class DEQTransformer(TransformerEnds):
     """Language model: embedding, DEQ layer, softmax with the embedding's weights.
-
-    With `cutoffs` or a `d_embed` of its own, embedding and softmax are adaptive.
 
     Args:
         config: hyper-parameters.
@@ -295,10 +240,8 @@ class DEQTransformer(nn.Module):
     """
 
     def __init__(self, config: DEQTransformerConfig, vocabulary_size: int) -> None:
-        super().__init__()
-        check_positive_integer("vocabulary_size", vocabulary_size)
+        super().__init__(config, vocabulary_size)
         self.config = config
-        self.embedding = _embedding(config, vocabulary_size)
         train, evaluation = config.solve.train_settings(), config.solve.eval_settings()
         self.deq = DEQ(
             DEQTransformerCell(config),
@@ -311,15 +254,6 @@ class DEQTransformer(nn.Module):
             eval_termination=evaluation.termination,
             eval_max_steps=evaluation.max_steps,
         )
-        self.dropout = nn.Dropout(config.embedding_dropout)
-        if isinstance(self.embedding, AdaptiveEmbedding):
-            self.adaptive_softmax = AdaptiveSoftmax(
-                self.embedding,
-                tie_first_projection=config.tie_first_projection,
-                init_std=config.init_std,
-            )
-        else:
-            self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
 
     def forward(
         self,
@@ -341,9 +275,10 @@ class DEQTransformer(nn.Module):
             settings: of this solve only, instead of the layer's own.
             trace: record the residual of every solver step.
         """
-        injection = self.cell.inject(self.dropout(self._embed(tokens)), memory)
+        injection = self.cell.inject(self.embed(tokens), memory)
         solution = self.deq.solve(injection, settings=settings, trace=trace)
-        remembered = self.cell.remember(solution.z, injection, memory, memory_length)
+        z, kv_injection = self.cell.remember(solution.z, injection, memory, memory_length)
+        remembered = Memory(z, _injected(kv_injection))
         hidden = self.dropout(solution.z)
         return LanguageModelOutput.of(hidden, self.softmax, targets, remembered, solution)
 
@@ -367,42 +302,20 @@ class DEQTransformer(nn.Module):
         """The block whose fixed point is the hidden state."""
         return cast(DEQTransformerCell, self.deq.cell)
 
-    def num_parameters(self, *, embedding: bool = True) -> int:
-        """Number of trainable scalars, with or without embedding and softmax.
 
-        Without are the parameters of the block alone.
-        """
-        counted = self if embedding else self.deq
-        return sum(p.numel() for p in counted.parameters() if p.requires_grad)
-
-    @property
-    def softmax(self) -> Softmax:
-        """The last layer, which shares its weights with the embedding."""
-        if isinstance(self.embedding, AdaptiveEmbedding):
-            return self.adaptive_softmax
-        return FullSoftmax(self.embedding.weight, self.output_bias)
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        if isinstance(self.embedding, AdaptiveEmbedding):
-            return self.embedding(tokens)
-        return self.embedding(tokens) * math.sqrt(self.config.d_model)
+def last_positions(old: Tensor | None, new: Tensor, length: int) -> Tensor:
+    """The last positions (B, M, ...) of a memory and a segment, without their graph."""
+    whole = new.detach() if old is None else torch.cat((old, new.detach()), dim=1)
+    start = max(whole.shape[1] - length, 0)
+    # Contiguous: a view would keep the whole of both segments alive, and a memory read back from a
+    # checkpoint, which has other strides, could give other last digits.
+    return whole[:, start:].contiguous()
 
 
-def _embedding(
-    config: DEQTransformerConfig, vocabulary_size: int
-) -> nn.Embedding | AdaptiveEmbedding:
-    if config.is_adaptive:
-        return AdaptiveEmbedding(
-            vocabulary_size,
-            config.d_model,
-            d_embed=config.d_embed,
-            cutoffs=config.cutoffs,
-            div_val=config.div_val,
-            init_std=config.init_std,
-        )
-    embedding = nn.Embedding(vocabulary_size, config.d_model)
-    nn.init.normal_(embedding.weight, std=config.d_model**-0.5)
-    return embedding
+def _injected(qkv: Tensor | None) -> Tensor:
+    if qkv is None:
+        raise RuntimeError("a block without injection has no equilibrium to solve for")
+    return qkv
 
 
 def _layer_norm(x: Tensor) -> Tensor:

@@ -1,0 +1,31 @@
+"""Penn Treebank with twelve weight-tied layers: the block of ptb-small, unrolled.
+
+As many parameters as the DEQ of ptb-small, the same batches, optimiser and steps; its opponent in
+memory and perplexity.
+"""
+
+from dataclasses import replace
+
+from equilibria.models.transformer_xl import TransformerXLConfig
+from equilibria.recipes import ptb_small
+from equilibria.train.experiment import Experiment
+
+EXPECTED = "test perplexity, our own run"
+
+
+def recipe() -> Experiment:
+    """Return the full configuration."""
+    deq = ptb_small.recipe()
+    return replace(
+        deq,
+        model=TransformerXLConfig(
+            d_model=200,
+            num_heads=4,
+            d_inner=800,
+            dropout=0.1,
+            embedding_dropout=0.2,
+            num_layers=12,
+            tied=True,
+        ),
+        task=replace(deq.task, pretrain_steps=0),
+    )

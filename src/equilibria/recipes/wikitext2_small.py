@@ -1,0 +1,29 @@
+"""WikiText-2, word level, with a DEQ-Transformer of laptop size and an adaptive softmax.
+
+The block of ptb-small; the 33,278 words take 3.6 million parameters in three clusters.
+
+Expected: our own run, see benchmarks/results/language_models; nothing published exists of this
+size.
+"""
+
+from dataclasses import replace
+
+from equilibria.data.word_corpus import WordCorpusConfig
+from equilibria.models.deq_transformer import DEQTransformerConfig
+from equilibria.recipes import ptb_small
+from equilibria.train.experiment import Experiment, TrainConfig
+
+EXPECTED = "test perplexity, our own run"
+
+
+def recipe() -> Experiment:
+    """Return the full configuration."""
+    small = ptb_small.recipe()
+    if not isinstance(small.model, DEQTransformerConfig):
+        raise TypeError("ptb-small is not the DEQ-Transformer that this recipe varies")
+    return replace(
+        small,
+        data=WordCorpusConfig("wikitext-2"),
+        model=replace(small.model, cutoffs=(4_000, 12_000), div_val=2),
+        train=TrainConfig(num_steps=4_000, log_every=20, eval_every=1_000, checkpoint_every=200),
+    )
