@@ -54,9 +54,10 @@ def test_training_evaluation_and_generation_on_words(tmp_path, monkeypatch, caps
         (tmp_path / f"{split}.txt").write_text(lines)
     runs = tmp_path / "runs"
     assert main([
-        "train", "ptb-small", "--data.name", "None", "--data", str(tmp_path), "--train.folder", str(runs),
+        "train", "ptb-small", "--data.name", "None", "--data", str(tmp_path),
+        "--train.folder", str(runs), "--task.pretrain-steps", "1",
         "--train.num-steps", "3", "--train.eval-every", "3", "--task.batch-size", "2",
-        "--task.segment-length", "8", "--task.pretrain-steps", "1", "--task.memory-length", "8", "--model.d-model", "16",
+        "--task.segment-length", "8", "--task.memory-length", "8", "--model.d-model", "16",
         "--model.num-heads", "2", "--model.d-inner", "16",
     ]) == 0  # fmt: skip
     shown = capsys.readouterr().out

@@ -140,8 +140,9 @@ def test_a_projection_of_ones_own_needs_one_to_begin_with():
 
 
 def test_a_mixture_of_one_softmax_is_one():
-    weight = nn.Parameter(torch.randn(V, 5, dtype=torch.float64))
-    mixture = MixtureOfSoftmaxes(weight, D, 1).double()
+    embedding = nn.Embedding(V, 5).double()
+    weight = embedding.weight
+    mixture = MixtureOfSoftmaxes(embedding, D, 1).double()
     hidden = torch.randn(2, 3, D, dtype=torch.float64)
     latent = torch.tanh(mixture.latent(hidden))
     wanted = (latent @ weight.T + mixture.bias).log_softmax(-1).float()
@@ -149,8 +150,9 @@ def test_a_mixture_of_one_softmax_is_one():
 
 
 def test_a_mixture_is_the_mean_of_its_softmaxes():
-    weight = nn.Parameter(torch.randn(V, 5, dtype=torch.float64))
-    mixture = MixtureOfSoftmaxes(weight, D, 3, dropout=0.5).double().eval()
+    embedding = nn.Embedding(V, 5).double()
+    weight = embedding.weight
+    mixture = MixtureOfSoftmaxes(embedding, D, 3, dropout=0.5).double().eval()
     hidden, targets = torch.randn(2, 4, D, dtype=torch.float64), torch.randint(V, (2, 4))
     prior = mixture.prior(hidden).softmax(-1)
     total = 0.0
@@ -163,16 +165,16 @@ def test_a_mixture_is_the_mean_of_its_softmaxes():
     targets[0] = -100
     assert (mixture.losses(hidden, targets)[0] == 0).all()
     with pytest.raises(UserError, match="num_softmaxes=0"):
-        MixtureOfSoftmaxes(weight, D, 0)
+        MixtureOfSoftmaxes(embedding, D, 0)
 
 
 def test_a_mixture_has_more_than_the_rank_of_its_embedding():
     """Of the matrix of log-probabilities, less what the normalisation adds."""
-    weight = nn.Parameter(torch.randn(V, 2, dtype=torch.float64))
+    embedding = nn.Embedding(V, 2).double()
     hidden = torch.randn(1, 25, D, dtype=torch.float64)
     ranks = [
         torch.linalg.matrix_rank(
-            MixtureOfSoftmaxes(weight, D, k).double().log_probabilities(hidden)[0].double(),
+            MixtureOfSoftmaxes(embedding, D, k).double().log_probabilities(hidden)[0].double(),
             rtol=1e-5,
         ).item()
         for k in (1, 3)

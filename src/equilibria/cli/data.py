@@ -30,7 +30,8 @@ def main(arguments: Sequence[str]) -> int:
             _get(name)
         case ["check", name, folder]:
             _check(name, Path(folder))
-        case [word, *rest]:
+        case words:
+            word, *rest = words
             known = ("list", "get", "check")
             if word in known:
                 raise UserError(f"'data {word}' does not take {len(rest)} arguments\n{_USAGE}")

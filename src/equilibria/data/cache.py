@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from equilibria.core.errors import UserError
@@ -25,7 +25,7 @@ def cache_folder(given: Path | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def written_whole(folder: Path) -> Generator[Path]:
     """A folder to write to that appears under its name at the end, or leaves nothing behind.
 
     Where another process was faster its folder stays, since the name says what is in it.

@@ -77,9 +77,13 @@ class AdaptiveSoftmax(nn.Module):
         """Whose weights are shared."""
         return self._shared[0]
 
-    def losses(self, hidden_BLD: Tensor, targets_BL: Tensor) -> Tensor:
-        """Negative log-likelihood of targets (B, L), float32; 0 where they are `IGNORE_INDEX`."""
-        hidden, targets = hidden_BLD.flatten(0, -2), targets_BL.flatten()
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihoods (B, L) of hidden states (B, L, D), in float32.
+
+        0 where the target is `IGNORE_INDEX`.
+        """
+        shape, targets = targets.shape, targets.flatten()
+        hidden = hidden.flatten(0, -2)
         edges = self.embedding.edges
         frequent = edges[1]
         head = self._head(hidden)
@@ -96,17 +100,17 @@ class AdaptiveSoftmax(nn.Module):
             tail = self._tail(i, hidden[rows])
             inside = F.nll_loss(tail, targets[rows] - begin, reduction="none")
             losses = losses.index_add(0, rows, inside)
-        return losses.view(targets_BL.shape)
+        return losses.view(shape)
 
-    def log_probabilities(self, hidden_BLD: Tensor) -> Tensor:
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
         """Of every token (B, L, V), float32; for generation and a look, not for training."""
-        hidden = hidden_BLD.flatten(0, -2)
+        shape, hidden = hidden.shape[:-1], hidden.flatten(0, -2)
         head, frequent = self._head(hidden), self.embedding.edges[1]
         tails = (
             head[:, frequent + i - 1].unsqueeze(1) + self._tail(i, hidden)
             for i in range(1, len(self.embedding.weights))
         )
-        return torch.cat((head[:, :frequent], *tails), 1).view(*hidden_BLD.shape[:-1], -1)
+        return torch.cat((head[:, :frequent], *tails), 1).view(*shape, -1)
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (N, frequent tokens and clusters)."""

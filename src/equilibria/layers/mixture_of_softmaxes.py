@@ -22,7 +22,7 @@ class MixtureOfSoftmaxes(nn.Module):
     contexts can have more than the rank of E. Cost: K times the logits of one softmax.
 
     Args:
-        weight: the embedding (V, E), shared.
+        embedding: whose weight (V, E) is shared.
         d_model: width of the input (D).
         num_softmaxes: K.
         dropout: of what is inside tanh, as in the reference; one mask per call.
@@ -35,28 +35,29 @@ class MixtureOfSoftmaxes(nn.Module):
     """
 
     def __init__(
-        self, weight: nn.Parameter, d_model: int, num_softmaxes: int, *, dropout: float = 0.0
+        self, embedding: nn.Embedding, d_model: int, num_softmaxes: int, *, dropout: float = 0.0
     ) -> None:
         super().__init__()
         check_positive_integer("num_softmaxes", num_softmaxes)
-        self.weight = weight
-        vocabulary, width = weight.shape
+        self._embedding = (embedding,)  # in a tuple: its weight has a name elsewhere
+        vocabulary, width = embedding.weight.shape
         self.prior = nn.Linear(d_model, num_softmaxes, bias=False)
         self.latent = nn.Linear(d_model, num_softmaxes * width)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
         self.dropout = nn.Dropout(dropout)
 
-    def losses(self, hidden_BLD: Tensor, targets_BL: Tensor) -> Tensor:
-        """Negative log-likelihood of targets (B, L), float32; 0 where they are `IGNORE_INDEX`."""
-        found = self.log_probabilities(hidden_BLD).flatten(0, -2)
-        losses = F.nll_loss(
-            found, targets_BL.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        return losses.view(targets_BL.shape)
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihoods (B, L) of hidden states (B, L, D), in float32.
 
-    def log_probabilities(self, hidden_BLD: Tensor) -> Tensor:
+        0 where the target is `IGNORE_INDEX`.
+        """
+        found = self.log_probabilities(hidden).flatten(0, -2)
+        losses = F.nll_loss(found, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+        return losses.view(targets.shape)
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
         """Of every token (B, L, V), float32."""
-        prior = self.prior(hidden_BLD).float().log_softmax(-1)
-        latent = self.latent(hidden_BLD).unflatten(-1, (prior.shape[-1], -1))
-        logits = F.linear(self.dropout(torch.tanh(latent)), self.weight, self.bias)
+        prior = self.prior(hidden).float().log_softmax(-1)
+        latent = self.latent(hidden).unflatten(-1, (prior.shape[-1], -1))
+        logits = F.linear(self.dropout(torch.tanh(latent)), self._embedding[0].weight, self.bias)
         return torch.logsumexp(prior.unsqueeze(-1) + logits.float().log_softmax(-1), dim=-2)

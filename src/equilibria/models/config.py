@@ -13,6 +13,7 @@ from equilibria.api import SolveSettings
 from equilibria.core.adjoint import Adjoint
 from equilibria.core.errors import UserError
 from equilibria.core.solver import Solver
+from equilibria.deq import DEQ, Cell
 from equilibria.linear.gmres import GMRES
 from equilibria.solvers.anderson import Anderson
 from equilibria.solvers.picard import Picard
@@ -77,6 +78,21 @@ class SolveConfig:
             ),
             max_steps=self.max_steps if self.eval_max_steps is None else self.eval_max_steps,
             on_failure="ignore",
+        )
+
+    def layer(self, cell: Cell) -> DEQ:
+        """The DEQ layer of a cell that is solved like this."""
+        train, evaluation = self.train_settings(), self.eval_settings()
+        return DEQ(
+            cell,
+            solver=train.solver,
+            termination=train.termination,
+            adjoint=train.adjoint,
+            max_steps=train.max_steps,
+            on_failure=train.on_failure,
+            eval_solver=evaluation.solver,
+            eval_termination=evaluation.termination,
+            eval_max_steps=evaluation.max_steps,
         )
 
 

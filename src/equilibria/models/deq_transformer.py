@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
-from equilibria.deq import DEQ, Cell
+from equilibria.deq import Cell
 from equilibria.layers.relative_attention import future_mask, relative_attention, sinusoids
 from equilibria.layers.variational_dropout import dropout_mask, variational_mask
 from equilibria.models.config import SolveConfig
@@ -42,17 +42,22 @@ class DEQTransformerConfig(TransformerConfig):
 
 
 class Memory(NamedTuple):
-    """What a segment leaves to the next: equilibrium (B, M, D) and its injection (B, M, 2D).
-
-    A layer without an injection leaves its input and nothing else.
-    """
+    """What a segment leaves to the next: equilibrium (B, M, D) and its injection (B, M, 2D)."""
 
     z: Tensor
-    kv_injection: Tensor | None
+    kv_injection: Tensor
 
     @property
     def length(self) -> int:
+        """Positions (M)."""
         return int(self.z.shape[1])
+
+
+class Past(NamedTuple):
+    """What a block attends to besides the segment: as a `Memory`, which may have no injection."""
+
+    z: Tensor
+    kv_injection: Tensor | None
 
 
 class _Weights(NamedTuple):
@@ -119,16 +124,16 @@ class DEQTransformerCell(Cell):
             for layer in (self.qkv, self.output, self.expand, self.contract):
                 add_weight_norm(layer)
 
-    def inject(self, x: Tensor, memory: Memory | None = None) -> Injection:
+    def inject(self, x: Tensor, memory: Memory | Past | None = None) -> Injection:
         """Project input (B, L, D) and memory, place positions, draw masks; once per solve."""
         weights = _Weights(
             self.qkv.weight, self.output.weight, self.expand.weight, self.contract.weight
         )
         if memory is None:
-            memory = self.empty_memory(x)
+            memory = self._nothing(x)
         memory_k, memory_v = self._memory_kv(memory, weights)
         length = x.shape[1]
-        num_keys = memory.length + length
+        num_keys = memory.z.shape[1] + length
         config = self.config
         distances = sinusoids(num_keys, config.d_model, x)
         if self.training and config.position_dropout:
@@ -175,13 +180,13 @@ class DEQTransformerCell(Cell):
             masks=_Masks(*(None if mask is None else mask[rows] for mask in injection.masks)),
         )
 
-    def empty_memory(self, x: Tensor) -> Memory:
-        """A memory of length 0 for the batch of `x`."""
+    def _nothing(self, x: Tensor) -> Past:
+        """A past of length 0 for the batch of `x`."""
         batch, width = x.shape[0], self.config.d_model
         injected = None if self.injection is None else x.new_zeros(batch, 0, 2 * width)
-        return Memory(x.new_zeros(batch, 0, width), injected)
+        return Past(x.new_zeros(batch, 0, width), injected)
 
-    def with_memory(self, injection: Injection, memory: Memory) -> Injection:
+    def with_memory(self, injection: Injection, memory: Memory | Past) -> Injection:
         """The same, but for another memory of the same length."""
         memory_k, memory_v = self._memory_kv(memory, injection.weights)
         return injection._replace(memory_k=memory_k, memory_v=memory_v)
@@ -190,13 +195,13 @@ class DEQTransformerCell(Cell):
         self, z: Tensor, injection: Injection, memory: Memory | None, length: int
     ) -> Memory:
         """Append a solved segment to the memory and keep its last `length` positions."""
-        injected = None
-        if injection.qkv is not None:
-            old = None if memory is None else memory.kv_injection
-            injected = last_positions(old, injection.qkv[..., self.config.d_model :], length)
-        return Memory(last_positions(None if memory is None else memory.z, z, length), injected)
+        kv_injection = _injected(injection.qkv)[..., self.config.d_model :]
+        old_z, old_injection = (None, None) if memory is None else memory
+        return Memory(
+            last_positions(old_z, z, length), last_positions(old_injection, kv_injection, length)
+        )
 
-    def _memory_kv(self, memory: Memory, weights: _Weights) -> Sequence[Tensor]:
+    def _memory_kv(self, memory: Memory | Past, weights: _Weights) -> Sequence[Tensor]:
         """Keys and values (B, M, D) of a memory."""
         kv = F.linear(self._normalised(memory.z, "pre"), weights.qkv[self.config.d_model :])
         if memory.kv_injection is not None:
@@ -242,18 +247,7 @@ class DEQTransformer(TransformerEnds):
     def __init__(self, config: DEQTransformerConfig, vocabulary_size: int) -> None:
         super().__init__(config, vocabulary_size)
         self.config = config
-        train, evaluation = config.solve.train_settings(), config.solve.eval_settings()
-        self.deq = DEQ(
-            DEQTransformerCell(config),
-            solver=train.solver,
-            termination=train.termination,
-            adjoint=train.adjoint,
-            max_steps=train.max_steps,
-            on_failure=train.on_failure,
-            eval_solver=evaluation.solver,
-            eval_termination=evaluation.termination,
-            eval_max_steps=evaluation.max_steps,
-        )
+        self.deq = config.solve.layer(DEQTransformerCell(config))
 
     def forward(
         self,
@@ -277,8 +271,7 @@ class DEQTransformer(TransformerEnds):
         """
         injection = self.cell.inject(self.embed(tokens), memory)
         solution = self.deq.solve(injection, settings=settings, trace=trace)
-        z, kv_injection = self.cell.remember(solution.z, injection, memory, memory_length)
-        remembered = Memory(z, _injected(kv_injection))
+        remembered = self.cell.remember(solution.z, injection, memory, memory_length)
         hidden = self.dropout(solution.z)
         return LanguageModelOutput.of(hidden, self.softmax, targets, remembered, solution)
 

@@ -28,7 +28,7 @@ from equilibria.core.parameters import check_positive_integer
 from equilibria.models.deq_transformer import (
     DEQTransformerCell,
     Injection,
-    Memory,
+    Past,
     last_positions,
 )
 from equilibria.models.explicit import refuse_solve
@@ -102,7 +102,7 @@ class TransformerXL(TransformerEnds):
         for number in range(depth):
             layer = cast(DEQTransformerCell, self.layers[0 if tied else number])
             before = old[number]
-            past = None if before is None else Memory(before, old[depth] if tied else None)
+            past = None if before is None else Past(before, old[depth] if tied else None)
             if injection is None or not tied:
                 injection = layer.inject(x if tied else h, past)
             elif past is not None:

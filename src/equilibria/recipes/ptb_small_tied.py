@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from equilibria.models.transformer_xl import TransformerXLConfig
 from equilibria.recipes import ptb_small
+from equilibria.tasks.language_modeling import LanguageModelingConfig
 from equilibria.train.experiment import Experiment
 
 EXPECTED = "test perplexity, our own run"
@@ -27,5 +28,7 @@ def recipe() -> Experiment:
             num_layers=12,
             tied=True,
         ),
-        task=replace(deq.task, pretrain_steps=0),
+        task=LanguageModelingConfig(
+            batch_size=16, segment_length=64, memory_length=64, eval_streams=8
+        ),
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from equilibria.models.transformer_xl import TransformerXLConfig
 from equilibria.recipes import ptb_small
+from equilibria.tasks.language_modeling import LanguageModelingConfig
 from equilibria.train.experiment import Experiment
 
 EXPECTED = "test perplexity, our own run"
@@ -25,5 +26,7 @@ def recipe() -> Experiment:
             embedding_dropout=0.2,
             num_layers=2,
         ),
-        task=replace(deq.task, pretrain_steps=0),
+        task=LanguageModelingConfig(
+            batch_size=16, segment_length=64, memory_length=64, eval_streams=8
+        ),
     )
