@@ -16,7 +16,8 @@ WORDS = st.lists(st.sampled_from(["a", "bb", "c,", "ü", "<unk>"]), max_size=6)
 
 def test_most_frequent_first_and_ties_by_first_occurrence():
     vocabulary = WordVocabulary.from_lines(LINES)
-    assert vocabulary.words == ("the", "<eos>", "sat", "cat", "dog", "<unk>")
+    assert vocabulary.words == ("<eos>", "the", "sat", "cat", "dog", "<unk>")
+    assert WordVocabulary.from_lines(["a <eos> b b\n"]).words == ("<eos>", "b", "a")
 
 
 def test_every_line_ends_with_a_token():
@@ -48,9 +49,9 @@ def test_foreign_words_are_unknown_and_counted():
     vocabulary = WordVocabulary.from_lines(LINES)
     encoder = Encoder(vocabulary, "x")
     unknown = vocabulary.ids["<unk>"]
-    assert encoder.words("the end is the end") == [0, unknown, unknown, 0, unknown]
+    assert encoder.words("the end is the end") == [1, unknown, unknown, 1, unknown]
     assert encoder.num_unknown == 3
-    assert vocabulary.encode("the end").tolist() == [0, unknown]
+    assert vocabulary.encode("the end").tolist() == [1, unknown]
 
 
 def test_foreign_words_without_a_token_for_them_are_named():

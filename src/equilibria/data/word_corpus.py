@@ -18,8 +18,8 @@ from equilibria.data.known_texts import KnownText, known_text
 from equilibria.data.split_files import SPLITS, SplitFiles, digest_of, find_splits, lines_of
 from equilibria.data.words import Encoder, WordVocabulary
 
-_FORMAT = 1
-"""Of the encoded files; another number means that they are made anew."""
+_FORMAT = 2
+"""Of the encoded files and of what ids mean; with another number they are made anew."""
 _MIN_SPLIT = 2  # one token to read and one to predict
 
 
@@ -33,8 +33,8 @@ class WordCorpus:
     Args:
         vocabulary: the words of the training split.
         name: what to call the corpus in reports.
-        digest: SHA-256 over those of the three files, by which two runs can tell that they read
-            the same.
+        digest: SHA-256 over those of the three files and the way ids are given, by which two runs
+            can tell that they read the same.
         num_unknown: words of each split that the vocabulary does not have.
     """
 
@@ -115,8 +115,9 @@ def open_corpus(
 ) -> WordCorpus:
     """Encode three files, or find them encoded; checked against what is known of them."""
     digests = {split: digest_of(path) for split, path in zip(SPLITS, files, strict=True)}
-    digest = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
-    folder = cache / "encoded" / f"{digest[:24]}-{_FORMAT}"
+    parts = "".join((str(_FORMAT), *digests.values()))
+    digest = hashlib.sha256(parts.encode()).hexdigest()
+    folder = cache / "encoded" / digest[:24]
     if not folder.is_dir():
         with written_whole(folder) as scratch:
             _encode(files, scratch)

@@ -47,20 +47,17 @@ class WordVocabulary:
 
     @classmethod
     def from_lines(cls, lines: Iterable[str]) -> Self:
-        """The words of a text, most frequent first; of equally frequent ones the first to occur.
+        """`END_OF_LINE` and the words of a text, most frequent first, of equals the first to occur.
 
-        From the training split only: what occurs in others alone is unknown to the model.
+        The order of Transformer-XL, whose checkpoints can be read because of that. From the
+        training split only: what occurs in others alone is unknown to the model.
         """
         counts: Counter[str] = Counter()
-        num_lines = 0
         for line in lines:
             counts.update(line.split())
-            if num_lines == 0:
-                counts[END_OF_LINE] += 0  # its place among equally frequent words
-            num_lines += 1
-        counts[END_OF_LINE] += num_lines
+        counts.pop(END_OF_LINE, None)
         # sorted() keeps the order of equals, which is that of their first occurrence
-        return cls(tuple(sorted(counts, key=counts.__getitem__, reverse=True)))
+        return cls((END_OF_LINE, *sorted(counts, key=counts.__getitem__, reverse=True)))
 
     @classmethod
     def from_json(cls, stored: str) -> Self:

@@ -16,7 +16,7 @@ from equilibria.layers.adaptive_softmax import IGNORE_INDEX
 class MixtureOfSoftmaxes(nn.Module):
     """Several softmaxes over the same embedding, mixed by the input.
 
-        p(w | h) = sum_k pi_k softmax(E tanh(W_k h) + b)[w],   pi = softmax(V h)
+        p(w | h) = sum_k pi_k softmax(E tanh(W_k h) + b)[w],   pi = softmax(V h + a)
 
     The logarithm of a mixture is not linear in h, so that the matrix of log-probabilities over all
     contexts can have more than the rank of E. Cost: K times the logits of one softmax.
@@ -41,7 +41,7 @@ class MixtureOfSoftmaxes(nn.Module):
         check_positive_integer("num_softmaxes", num_softmaxes)
         self._embedding = (embedding,)  # in a tuple: its weight has a name elsewhere
         vocabulary, width = embedding.weight.shape
-        self.prior = nn.Linear(d_model, num_softmaxes, bias=False)
+        self.prior = nn.Linear(d_model, num_softmaxes)
         self.latent = nn.Linear(d_model, num_softmaxes * width)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
         self.dropout = nn.Dropout(dropout)

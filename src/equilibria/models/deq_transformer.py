@@ -106,10 +106,11 @@ class DEQTransformerCell(Cell):
         super().__init__()
         width, inner = config.d_model, config.d_inner
         self.config = config
-        self.injection = nn.Linear(width, 3 * width, bias=False) if injected else None
+        bias = config.attention_bias
+        self.injection = nn.Linear(width, 3 * width, bias=bias) if injected else None
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.position = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=bias)
         self.expand = nn.Linear(width, inner)
         self.contract = nn.Linear(inner, width)
         shape = (config.num_heads, width // config.num_heads)
@@ -223,7 +224,8 @@ class DEQTransformerCell(Cell):
             injection.future_LK,
             injection.masks.weights_BHLK,
         )
-        return F.linear(attended.transpose(1, 2).flatten(2), injection.weights.output)
+        heads = attended.transpose(1, 2).flatten(2)
+        return F.linear(heads, injection.weights.output, self.output.bias)
 
     def _heads(self, x_BKD: Tensor) -> Tensor:
         return x_BKD.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)

@@ -53,6 +53,8 @@ class TransformerConfig(ModelConfig):
     """Token ids at which clusters of rarer words begin: adaptive embedding and softmax."""
     div_val: int = 1
     """Every cluster's embedding is so many times narrower than the one before."""
+    attention_bias: bool = False
+    """Biases of the injection and of the attention's output, which the first public code has."""
     tie_first_projection: bool = True
     """Whether the softmax shares the first cluster's projection, too."""
     init_std: float = 0.02

@@ -54,6 +54,9 @@ class TrellisConfig(ModelConfig):
     """Share of the words whose embedding is dropped, all their occurrences alike."""
     weight_dropout: float = 0.0
     """DropConnect of the weights on the previous position, one mask per solve."""
+    remember_input: bool = True
+    """Whether the last input of a segment is seen by the first position of the next; the first
+    public code has zeros there."""
     num_softmaxes: int = 1
     """Softmaxes that are mixed; 1 is an ordinary one."""
     init_std: float = 0.05
@@ -115,7 +118,11 @@ class TrellisCell(Cell):
             dropped = past * dropout_mask(past, past.shape, self.config.weight_dropout)
             weight = torch.cat((dropped, weight[:, width:]), 1)
         return Injection(
-            gates=self.injection(_with_previous(x, memory.x)),
+            gates=self.injection(
+                _with_previous(
+                    x, memory.x if self.config.remember_input else torch.zeros_like(memory.x)
+                )
+            ),
             h=memory.h,
             c=memory.c,
             weight=weight,

@@ -1,0 +1,78 @@
+"""`equilibria convert`: bring weights of the first public DEQ code into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from equilibria import recipes
+from equilibria.cli.parsing import parse
+from equilibria.compat.convert import Converted, convert
+from equilibria.core.errors import UserError
+from equilibria.train.experiment import Corpus, DataConfig, Experiment
+from equilibria.train.files import write_text
+from equilibria.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Where the rest of the configuration is from, and where the result goes."""
+
+    recipe: str = "wt103-deq-transformer"
+    """Recipe whose data, task and solver settings the run gets; what no tensor tells of the model
+    (layer norm, window, dropouts) is taken from it, too."""
+    folder: Path = Path("runs")
+    """Where the run folder is made."""
+    data: Path | None = None
+    """Folder of the text's files; None for the recipe's own."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Make a run folder of an old checkpoint, which `equilibria eval` can score."""
+    given = list(arguments)
+    source = given.pop(0) if given and not given[0].startswith("-") else None
+    options = parse(
+        ConvertOptions(),
+        given,
+        prog="equilibria convert CHECKPOINT",
+        description="Read weights published for locuslab/deq (.pkl or .pth).",
+    )
+    if source is None:
+        raise UserError("give the checkpoint to convert: equilibria convert CHECKPOINT [options]")
+    experiment = recipes.load(options.recipe).experiment
+    converted = convert(Path(source), experiment.model)
+    experiment = replace(experiment, model=converted.config)
+    if options.data is not None:
+        experiment = replace(experiment, data=_in_folder(experiment.data, options.data))
+    run = _write(experiment, converted, options)
+    print(converted.report())
+    print(
+        f"\n{len(converted.mapped)} tensors mapped, {len(converted.left)} not needed; "
+        f"{converted.vocabulary_size:,} tokens; run folder {run.path}"
+    )
+    return 0
+
+
+def _in_folder(data: DataConfig, folder: Path) -> DataConfig:
+    if not hasattr(data, "folder"):
+        raise UserError("the recipe's data are no files in a folder; leave out --data")
+    return replace(data, folder=folder)  # pyright: ignore[reportArgumentType, reportCallIssue, reportGeneralTypeIssues]
+
+
+def _write(experiment: Experiment, converted: Converted, options: ConvertOptions) -> RunFolder:
+    data = experiment.data.load()
+    size = len(data.vocabulary) if isinstance(data, Corpus) else 0
+    if size != converted.vocabulary_size:
+        raise UserError(
+            f"the checkpoint has {converted.vocabulary_size:,} token ids, and the text has "
+            f"{size:,}; give the text it was trained on (--recipe, --data)"
+        )
+    task = experiment.build_task(data)
+    task.model.load_state_dict(converted.weights)
+    run = RunFolder.create(options.folder, f"{options.recipe}-converted")
+    run.write_config(options.recipe, experiment)
+    run.write_json("environment.json", {"data": data.describe()})
+    run.checkpoints.save(0, task.model, {})
+    write_text(run.path / "conversion.txt", converted.report() + "\n")
+    return run

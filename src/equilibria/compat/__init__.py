@@ -1,0 +1,1 @@
+"""Weights of other code bases, read safely and brought into our models."""

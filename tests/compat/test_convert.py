@@ -1,0 +1,183 @@
+"""Old checkpoints, against a plain restatement of the published equations."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import old_layouts  # beside this file, where pytest looks
+import pytest
+import restated
+import torch
+
+from equilibria import Broyden, UserError
+from equilibria.cli.main import main
+from equilibria.compat.convert import convert
+from equilibria.models.config import SolveConfig
+from equilibria.models.deq_transformer import DEQTransformerConfig
+from equilibria.models.deq_trellisnet import DEQTrellisNetConfig
+
+SOLVE = SolveConfig(solver=Broyden(None), rtol=1e-12, max_steps=300)
+TOKENS = torch.tensor([3, 19, 5, 0, 11, 8])
+
+
+def saved(old, tmp_path: Path, name: str = "old.pkl") -> Path:
+    torch.save(old, tmp_path / name)
+    return tmp_path / name
+
+
+def built(converted):
+    model = converted.config.build(converted.vocabulary_size)
+    model.load_state_dict(converted.weights)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("normed", [True, False], ids=["weight-norm", "plain"])
+@pytest.mark.parametrize("adaptive", [True, False], ids=["adaptive", "full"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_transformers_compute_the_same(version, normed, adaptive, norm, tmp_path):
+    old = old_layouts.transformer(version=version, normed=normed, adaptive=adaptive)
+    converted = convert(saved(old, tmp_path), DEQTransformerConfig(norm=norm, solve=SOLVE))
+    model = built(converted)
+    output = model(TOKENS.unsqueeze(0))
+    assert output.solution.converged.all()
+    z, _ = restated.transformer_equilibrium(old, TOKENS, pre=norm == "pre")
+    wanted = restated.adaptive_log_probabilities(old, z)
+    found = output.logits[0].double().log_softmax(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_with_memory_and_window(tmp_path):
+    old = old_layouts.transformer()
+    config = DEQTransformerConfig(attention_window=3, solve=SOLVE)
+    model = built(convert(saved(old, tmp_path), config))
+    first = model(TOKENS[:3].unsqueeze(0), memory_length=6)
+    second = model(TOKENS[3:].unsqueeze(0), first.memory)
+    _, memory = restated.transformer_equilibrium(old, TOKENS[:3], window=3)
+    z, _ = restated.transformer_equilibrium(old, TOKENS[3:], memory, window=3)
+    wanted = restated.adaptive_log_probabilities(old, z)
+    torch.testing.assert_close(second.logits[0].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normed", [True, False], ids=["weight-norm", "plain"])
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("dropped", [True, False], ids=["dropconnect", "whole"])
+def test_trellisnets_compute_the_same(normed, experts, dropped, tmp_path):
+    if dropped and not normed:
+        pytest.skip("DropConnect without weight norm has another name that is not converted")
+    old = old_layouts.trellisnet(normed=normed, experts=experts, dropped=dropped)
+    model = built(convert(saved(old, tmp_path), DEQTrellisNetConfig(solve=SOLVE)))
+    output = model(TOKENS[:3].unsqueeze(0), memory_length=1)
+    assert output.solution.converged.all()
+    plain = {name.removesuffix("_raw"): value for name, value in old.items()}
+    net = "trellisnet.module" if dropped else "trellisnet"
+    h, c = restated.trellis_equilibrium(plain, TOKENS[:3], net=net)
+    wanted = restated.trellis_log_probabilities(old, h)
+    found = output.logits[0].double().log_softmax(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    second = model(TOKENS[3:].unsqueeze(0), output.memory)
+    h, _ = restated.trellis_equilibrium(plain, TOKENS[3:], (h[-1:], c[-1:]), net=net)
+    wanted = restated.trellis_log_probabilities(old, h)
+    found = second.logits[0].double().log_softmax(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_every_tensor_is_accounted_for(tmp_path):
+    old = old_layouts.transformer(version=1)
+    converted = convert(saved({f"module.{k}": v for k, v in old.items()}, tmp_path))
+    assert set(converted.mapped) | set(converted.left) == set(old)
+    report = converted.report()
+    assert len(report.splitlines()) == len(old)
+    assert "func_copy.pos_ff.ff1_net.bias" in report
+    assert converted.config.num_heads == 2
+    assert converted.config.cutoffs == (4, 9)
+    assert converted.config.div_val == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda old: old.pop("func.pos_ff.ff1_net.bias"),
+            "has no tensor 'func.pos_ff.ff1_net.bias'",
+        ),
+        (lambda old: old.update({"extra.weight": torch.ones(2)}), "1 tensors .* unknown: extra"),
+        (lambda old: old.update({"inject_conv.weight": torch.ones(9, 9)}), "where .* is needed"),
+        (
+            lambda old: old.update({"crit.out_layers.0.weight": torch.ones(4, 8)}),
+            "trained with --not_tied cannot be converted",
+        ),
+        (
+            lambda old: old.update({"crit.out_projs.1.weight": torch.ones(8, 4)}),
+            "crit.out_projs.1.weight is not embedding.projections.1",
+        ),
+    ],
+)
+def test_checkpoints_that_are_not_what_they_should_be(change, message, tmp_path):
+    old = old_layouts.transformer()
+    change(old)
+    with pytest.raises(UserError, match=message):
+        convert(saved(old, tmp_path))
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        convert(tmp_path / "nowhere.pkl")
+    (tmp_path / "text.pkl").write_text("hello")
+    with pytest.raises(UserError, match="cannot be read without running code"):
+        convert(tmp_path / "text.pkl")
+    with pytest.raises(UserError, match="holds no state dict"):
+        convert(saved([1, 2], tmp_path))
+    with pytest.raises(UserError, match="of no model that is converted"):
+        convert(saved({"a.weight": torch.ones(2)}, tmp_path))
+    with pytest.raises(UserError, match="of another model than DEQTrellisNetConfig"):
+        convert(saved(old_layouts.transformer(), tmp_path), DEQTrellisNetConfig())
+
+
+class Evil:
+    """Would run code when unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+def test_no_code_of_a_file_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"a": Evil()}))
+    with pytest.raises(UserError, match="cannot be read without running code"):
+        convert(tmp_path / "evil.pkl")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_command_makes_a_run_that_can_be_scored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EQUILIBRIA_CACHE", str(tmp_path / "cache"))
+    text = " ".join(f"w{i}" for i in range(19)) + "\n"  # and <eos>: as many as the old model has
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(text * 60)
+    path = saved(old_layouts.transformer(adaptive=False), tmp_path)
+    from equilibria import recipes
+    from equilibria.data.word_corpus import WordCorpusConfig
+
+    recipe = recipes.load("ptb-small")
+    experiment = replace(recipe.experiment, data=WordCorpusConfig(folder=tmp_path))
+    monkeypatch.setattr(
+        "equilibria.recipes.load", lambda name: replace(recipe, experiment=experiment)
+    )
+    runs = tmp_path / "runs"
+    options = ["--recipe", "ptb-small", "--folder", str(runs), "--data", str(tmp_path)]
+    assert main(["convert", str(path), *options]) == 0
+    assert "tensors mapped" in capsys.readouterr().out
+    (run,) = runs.iterdir()
+    assert "word_emb.emb_layers.0.weight" in (run / "conversion.txt").read_text()
+    assert main(["eval", str(run), "--mem-len", "8"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+    (tmp_path / "train.txt").write_text("a b\n" * 400)
+    (tmp_path / "valid.txt").write_text("a b\n" * 400)
+    (tmp_path / "test.txt").write_text("a b\n" * 400)
+    assert main(["convert", str(path), *options]) == 2
+    assert "20 token ids, and the text has 3" in capsys.readouterr().err
+    assert main(["convert"]) == 2
