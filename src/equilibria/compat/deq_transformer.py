@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -58,18 +60,19 @@ def convert_transformer(
     for copied in ("func_copy.", "deq."):
         old.leave(copied, "a copy of the block")
     old.check_all_used()
-    made = {
-        "d_model": d_model,
-        "num_heads": heads,
-        "d_inner": len(expand),
-        "weight_norm": weight_norm,
-        "attention_bias": True,
-        "cutoffs": cutoffs,
-        "d_embed": embeddings[0].shape[1],
-        "div_val": _div_val(embeddings),
-        "tie_first_projection": not own_projection,
-    }
-    return DEQTransformerConfig(**{**vars(config), **made}), weights
+    made = replace(
+        config,
+        d_model=d_model,
+        num_heads=heads,
+        d_inner=len(expand),
+        weight_norm=weight_norm,
+        attention_bias=True,
+        cutoffs=cutoffs,
+        d_embed=embeddings[0].shape[1],
+        div_val=_div_val(embeddings),
+        tie_first_projection=not own_projection,
+    )
+    return made, weights
 
 
 def _block(old: OldTensors, weight_norm: bool) -> dict[str, Tensor]:

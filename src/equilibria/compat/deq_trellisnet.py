@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -56,14 +58,15 @@ def convert_trellisnet(
     for copied in (f"{net}.func_copy.", f"{net}.deq.", f"{net}.deqback."):
         old.leave(copied, "a copy of the cell")
     old.check_all_used()
-    made = {
-        "d_embed": d_embed,
-        "d_hidden": v.shape[1] - d_embed,
-        "weight_norm": weight_norm,
-        "num_softmaxes": num_softmaxes,
-        "remember_input": False,
-    }
-    return DEQTrellisNetConfig(**{**vars(config), **made}), weights
+    made = replace(
+        config,
+        d_embed=d_embed,
+        d_hidden=v.shape[1] - d_embed,
+        weight_norm=weight_norm,
+        num_softmaxes=num_softmaxes,
+        remember_input=False,
+    )
+    return made, weights
 
 
 def _softmax(old: OldTensors, weights: dict[str, Tensor], embedding: Tensor) -> int:
