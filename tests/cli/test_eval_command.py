@@ -88,3 +88,10 @@ def test_help(cli: Any) -> None:
     assert result.code == 0
     for flag in ("--max-steps", "--mem-len", "--solver", "--rtol", "--streams", "--checkpoint"):
         assert flag in result.text
+
+
+def test_the_spectral_radius_is_estimated_if_asked_for(cli: Any, finished: Any) -> None:
+    result = cli("eval", finished.path, "--spectral-radius")
+    assert result.code == 0, result.err
+    mean, largest = re.search(r"spectral radius mean (\S+), largest (\S+)", result.out).groups()
+    assert 0.0 < float(mean) <= float(largest) < 10.0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from equilibria import UserError
-from equilibria.train.optimizers import OptimizerConfig
+from equilibria.train.optimizers import OptimizerConfig, Plateau
 
 
 def _rates(num_steps: int, **options: Any) -> list[float]:
@@ -118,4 +118,27 @@ def test_momentum_is_that_of_sgd() -> None:
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
+        OptimizerConfig(**options)
+
+
+def test_a_plateau_lowers_the_rate_and_starts_to_wait_again() -> None:
+    config = OptimizerConfig(schedule="plateau", plateau_factor=0.5, plateau_patience=2)
+    plateau = Plateau()
+    factors = []
+    for loss in (3.0, 2.0, 2.5, 2.0, 1.9, 1.9, 1.9, 1.9, 1.9):
+        plateau.see(loss, config)
+        factors.append(plateau.factor)
+    assert factors == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125]
+    assert config.learning_rate_at(500, 1000) == config.learning_rate
+    other = Plateau()
+    for _ in range(9):
+        other.see(1.0, OptimizerConfig(schedule="cosine"))
+    assert other == Plateau()
+
+
+@pytest.mark.parametrize(
+    "options", [{"plateau_factor": 0.0}, {"plateau_factor": 1.5}, {"plateau_patience": 0}]
+)
+def test_impossible_plateaus(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
         OptimizerConfig(**options)

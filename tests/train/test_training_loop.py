@@ -265,3 +265,27 @@ def test_statistics_are_of_equilibria_only(
     clock = trainer.clock.as_dict()
     assert min(clock.values()) > 0
     assert clock["rest_seconds"] < clock["total_seconds"]
+
+
+def test_bfloat16_computes_in_less_precision(make_trainer: TrainerFactory) -> None:
+    """Weights and losses stay in float32."""
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        trainer = make_trainer({"train": {"precision": precision}})
+        assert trainer.fit() == 0
+        assert {p.dtype for p in trainer.task.model.parameters()} == {torch.float32}
+        losses.append(_records(trainer, "valid")[-1]["loss"])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    with pytest.raises(UserError, match="cannot be 'float16'"):
+        make_trainer({"train": {"precision": "float16"}})
+
+
+def test_a_plateau_is_saved_and_resumed(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer({"optimizer": {"schedule": "plateau"}})
+    trainer.fit()
+    trainer.plateau.factor = 0.125
+    trainer._save()
+    trainer.plateau.factor = 1.0
+    trainer.resume()
+    assert trainer.plateau.factor == 0.125

@@ -16,8 +16,9 @@ from equilibria.cli.runs import load_task, open_run
 from equilibria.core.errors import UserError
 from equilibria.core.solver import Solver
 from equilibria.models.config import with_evaluation_solve
+from equilibria.regularizers.spectral_radius import spectral_radius
 from equilibria.tasks.language_modeling import LanguageModelingConfig
-from equilibria.tasks.task import Evaluation, TaskConfig
+from equilibria.tasks.task import Evaluation, Task, TaskConfig
 from equilibria.train.progress import readable
 from equilibria.train.statistics import summarize_solves
 
@@ -40,6 +41,9 @@ class EvalOptions:
     """Positions of memory; more than in training is allowed."""
     streams: int | None = None
     """Parallel streams; 1 reads the split end to end."""
+    spectral_radius: bool = False
+    """Also estimate the spectral radius of the Jacobian at the equilibria of the first validation
+    batch."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,7 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     task, _, step = load_task(
         run, replace(experiment, task=task_config, model=model), options.checkpoint
     )
-    result = task.evaluate(options.split)
+    with experiment.train.autocast():
+        result = task.evaluate(options.split)
     print(f"{options.split} split, checkpoint of step {step}, {result.num_items} tokens")
     print(_render_loss(result, on_text=isinstance(task_config, LanguageModelingConfig)))
     if result.num_evals.numel():
@@ -64,7 +69,17 @@ def main(arguments: Sequence[str]) -> int:
             f"relative residual mean {residual['mean']:.1e}, 95th percentile {residual['p95']:.1e}"
         )
     print(f"{result.seconds:.1f} s, {result.num_items / result.seconds:.0f} tokens/s")
+    if options.spectral_radius:
+        print(_render_radius(task))
     return 0
+
+
+def _render_radius(task: Task) -> str:
+    solution = task.trace()
+    if solution is None:
+        raise UserError("the model solves no equilibrium; leave out --spectral-radius")
+    radius = spectral_radius(solution).radius
+    return f"spectral radius mean {radius.mean():.3f}, largest {radius.max():.3f}"
 
 
 def _with_text_options(task: TaskConfig, options: EvalOptions) -> TaskConfig:

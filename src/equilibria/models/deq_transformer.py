@@ -160,8 +160,9 @@ class DEQTransformerCell(Cell):
         )
 
     def initial_state(self, injection: Injection) -> Tensor:
-        """Zeros (B, L, D)."""
-        return torch.zeros_like(_injected(injection.qkv)[..., : self.config.d_model])
+        """Zeros (B, L, D), in the precision of the parameters, whatever autocast computes in."""
+        shape = (*_injected(injection.qkv).shape[:-1], self.config.d_model)
+        return _injected(injection.qkv).new_zeros(shape, dtype=self.content_bias.dtype)
 
     def forward(self, z: Tensor, injection: Injection) -> Tensor:
         """Apply the block once: (B, L, D) -> (B, L, D)."""

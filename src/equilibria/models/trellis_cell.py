@@ -130,8 +130,9 @@ class TrellisCell(Cell):
         )
 
     def initial_state(self, injection: Injection) -> State:
-        """Zeros (B, L, H)."""
-        h = injection.gates.new_zeros(*injection.gates.shape[:-1], self.config.d_state)
+        """Zeros (B, L, H), in the precision of the parameters, whatever autocast computes in."""
+        shape = (*injection.gates.shape[:-1], self.config.d_state)
+        h = injection.gates.new_zeros(shape, dtype=self.injection.bias.dtype)
         return h, torch.zeros_like(h)
 
     def forward(self, z: State, injection: Injection) -> State:

@@ -4,7 +4,9 @@ Ten symbols have to be repeated 410 positions after they were read. Attention ca
 one step, so that what has to be learnt is where to look: one head of two comes to look exactly
 410 positions back. Shallow first, then at equilibrium.
 
-Expected: 3.5e-6 with 14K parameters (arXiv 1909.01377, table 1); without memory 0.0495.
+Expected: 3.9e-9 (our own run, 47 minutes on one CPU thread); published 3.5e-6 with 14K parameters
+(arXiv 1909.01377, table 1); without memory 0.0495. At a forward tolerance of 1e-2 instead of 1e-3
+the loss of equilibrium steps stays above 1e-3: what is remembered has to be more exact than that.
 """
 
 from equilibria.adjoints.implicit import Implicit
@@ -17,7 +19,7 @@ from equilibria.tasks.copy_memory import CopyMemoryConfig
 from equilibria.train.experiment import Experiment, TrainConfig
 from equilibria.train.optimizers import OptimizerConfig
 
-EXPECTED = "test loss 3.5e-6, arXiv 1909.01377, table 1"
+EXPECTED = "test loss 3.9e-9, our own run; 3.5e-6 in arXiv 1909.01377, table 1"
 
 
 def recipe() -> Experiment:
@@ -34,16 +36,16 @@ def recipe() -> Experiment:
             init_std=0.2,
             solve=SolveConfig(
                 solver=Anderson(),
-                rtol=1e-2,
-                max_steps=12,
-                adjoint=Implicit(solver=GMRES(), rtol=1e-2, max_steps=12),
+                rtol=1e-3,
+                max_steps=20,
+                adjoint=Implicit(solver=GMRES(), rtol=1e-2, max_steps=20),
                 eval_rtol=1e-4,
                 eval_max_steps=40,
             ),
         ),
-        task=CopyMemoryConfig(batch_size=16, pretrain_steps=600, pretrain_layers=2),
+        task=CopyMemoryConfig(batch_size=16, pretrain_steps=800, pretrain_layers=2),
         optimizer=OptimizerConfig(
-            learning_rate=6e-3, beta2=0.95, warmup_steps=20, final_fraction=0.1, clip_norm=1.0
+            learning_rate=4e-3, beta2=0.95, warmup_steps=20, final_fraction=0.01, clip_norm=1.0
         ),
-        train=TrainConfig(num_steps=1200, log_every=10, eval_every=200, checkpoint_every=100),
+        train=TrainConfig(num_steps=4000, log_every=10, eval_every=200, checkpoint_every=100),
     )

@@ -24,5 +24,5 @@ def recipe() -> Experiment:
         optimizer=OptimizerConfig(
             learning_rate=2e-3, beta2=0.95, warmup_steps=20, final_fraction=0.1, clip_norm=1.0
         ),
-        train=TrainConfig(num_steps=1200, log_every=10, eval_every=200, checkpoint_every=100),
+        train=TrainConfig(num_steps=4000, log_every=10, eval_every=200, checkpoint_every=100),
     )

@@ -1,7 +1,7 @@
 """Copy memory over 400 positions with a TCN of 16 thousand parameters.
 
-Expected: 2.7e-5 with 16K parameters (arXiv 1909.01377, table 1); without memory 0.0495. The
-dilated convolutions reach 3,570 positions back, so that the symbols are in sight.
+Expected: 1.7e-9 (our own run; 2e-5 after 1,200 steps); published 2.7e-5 with 16K parameters (arXiv
+1909.01377, table 1); without memory 0.0495. The dilated convolutions reach 3,570 positions back, so that the symbols are in sight.
 
 As many sequences and the same batches as the DEQ-Transformer's recipe.
 """
@@ -12,7 +12,7 @@ from equilibria.tasks.copy_memory import CopyMemoryConfig
 from equilibria.train.experiment import Experiment, TrainConfig
 from equilibria.train.optimizers import OptimizerConfig
 
-EXPECTED = "test loss 2.7e-5, arXiv 1909.01377, table 1"
+EXPECTED = "test loss 1.7e-9, our own run; 2.7e-5 in arXiv 1909.01377, table 1"
 
 
 def recipe() -> Experiment:
@@ -25,5 +25,5 @@ def recipe() -> Experiment:
         optimizer=OptimizerConfig(
             learning_rate=2e-3, beta2=0.95, warmup_steps=20, final_fraction=0.1, clip_norm=1.0
         ),
-        train=TrainConfig(num_steps=1200, log_every=10, eval_every=200, checkpoint_every=100),
+        train=TrainConfig(num_steps=4000, log_every=10, eval_every=200, checkpoint_every=100),
     )

@@ -15,7 +15,8 @@ from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.solution import Solution
-from equilibria.models.config import unrolled_settings
+from equilibria.models.config import SolveConfig, unrolled_settings
+from equilibria.tasks.stabilisers import StabiliserConfig
 from equilibria.tasks.task import Evaluation, Phase, Split, StepLoss, Task, TaskConfig
 
 
@@ -81,6 +82,8 @@ class LanguageModelingConfig(TaskConfig):
     """First steps trained as an unrolled weight-tied network, before equilibria are solved."""
     pretrain_layers: int = 2
     """Depth of that network."""
+    stabilisers: StabiliserConfig = StabiliserConfig()
+    """Jacobian regularisation and random step limits."""
     eval_streams: int = 8
     """Parallel streams in evaluation; each starts without context, 1 reads the text end to end."""
     eval_memory_length: int | None = None
@@ -109,6 +112,12 @@ class LanguageModeling(Task):
         config: batches, segments and memory.
         training: source of training segments.
         evaluation: gives the segments of a split, every token a target exactly once.
+        solve: how the model's equilibria are solved, which stabilisers vary; None of an explicit
+            model.
+        seed: of what the stabilisers draw.
+
+    Raises:
+        UserError: stabilisers for a model that solves nothing.
     """
 
     def __init__(
@@ -117,12 +126,20 @@ class LanguageModeling(Task):
         config: LanguageModelingConfig,
         training: TrainingSource,
         evaluation: Callable[[Split], Iterable[Segment]],
+        solve: SolveConfig | None = None,
+        seed: int = 0,
     ) -> None:
         self.model = cast(nn.Module, model)
         self.config = config
         self._training = training
         self._evaluation = evaluation
         self._memory: Any = None
+        self._solve, self._seed = solve, seed
+        if solve is None and config.stabilisers != StabiliserConfig():
+            raise UserError(
+                "task.stabilisers are given, and the model has no equilibrium to stabilise; leave "
+                "them at their defaults"
+            )
 
     @property
     def language_model(self) -> LanguageModel:
@@ -144,17 +161,30 @@ class LanguageModeling(Task):
             self._memory,
             targets=segment.targets.to(self._device),
             memory_length=self.config.memory_length,
-            settings=unrolled_settings(self.config.pretrain_layers) if unrolled else None,
+            settings=self._settings(step),
         )
         self._memory = output.memory if self.config.memory_length else None
         loss = _losses(output).mean()
         phase: Phase = "unrolled" if unrolled else "equilibrium"
+        penalty = None
+        if output.solution is not None and not unrolled:
+            penalty = self.config.stabilisers.penalty(output.solution, step, self._seed)
         return StepLoss(
             loss,
             segment.targets.numel(),
             output.solution,
             "explicit" if output.solution is None else phase,
+            {} if penalty is None else {"jacobian_penalty": penalty},
+            penalty,
         )
+
+    def _settings(self, step: int) -> SolveSettings | None:
+        """Of the solve of a training step; None for those of the model."""
+        if step < self.config.pretrain_steps:
+            return unrolled_settings(self.config.pretrain_layers)
+        if self._solve is None:
+            return None
+        return self.config.stabilisers.settings(self._solve, step, self._seed)
 
     def evaluate(self, split: Split) -> Evaluation:
         """Score a split with the evaluation settings; see `Task.evaluate`."""

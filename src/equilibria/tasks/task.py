@@ -19,7 +19,8 @@ Phase = Literal["unrolled", "equilibrium", "explicit"]
 class StepLoss(NamedTuple):
     """Loss of one training step (nats, mean over items), how many items, and the solve.
 
-    An explicit model has no solve and one phase. `figures` are other scalars worth a curve.
+    An explicit model has no solve and one phase. `figures` are other scalars worth a curve. A
+    `penalty` is added to what is minimised, and is no part of the loss that is reported.
     """
 
     loss: Tensor
@@ -27,6 +28,12 @@ class StepLoss(NamedTuple):
     solution: Solution | None
     phase: Phase
     figures: Mapping[str, Tensor] = {}
+    penalty: Tensor | None = None
+
+    @property
+    def minimised(self) -> Tensor:
+        """Loss and penalty."""
+        return self.loss if self.penalty is None else self.loss + self.penalty
 
 
 @dataclass(frozen=True)

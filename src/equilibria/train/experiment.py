@@ -81,6 +81,9 @@ class TrainConfig:
     """Latest checkpoints to keep, besides the best on the validation split."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU if there is one."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the arithmetic of the model in training and evaluation: bfloat16 by autocast. Weights,
+    solver states and losses stay in float32."""
     folder: Path = Path("runs")
     """Where run folders are made."""
 
@@ -93,6 +96,15 @@ class TrainConfig:
             "keep_checkpoints",
         ):
             check_positive_integer(name, getattr(self, name))
+
+        if self.precision not in ("float32", "bfloat16"):
+            raise UserError(f"precision={self.precision!r} is neither 'float32' nor 'bfloat16'")
+
+    def autocast(self) -> torch.autocast:
+        """The context that the model runs in."""
+        return torch.autocast(
+            self.torch_device().type, torch.bfloat16, enabled=self.precision == "bfloat16"
+        )
 
     def torch_device(self) -> torch.device:
         """The device to run on.
@@ -136,7 +148,8 @@ class Experiment:
         match self.task:
             case LanguageModelingConfig() as config if isinstance(data, Corpus):
                 model = self._build_model(len(data.vocabulary))
-                return _language_modeling(model, config, data)
+                solve = getattr(self.model, "solve", None)
+                return _language_modeling(model, config, data, solve, self.seed)
             case CopyMemoryConfig() as config if isinstance(data, CopySource):
                 return CopyMemory(self._build_model(data.vocabulary_size), config, data)
             case _:
@@ -151,7 +164,7 @@ class Experiment:
 
 
 def _language_modeling(
-    model: Any, config: LanguageModelingConfig, corpus: Corpus
+    model: Any, config: LanguageModelingConfig, corpus: Corpus, solve: Any, seed: int
 ) -> LanguageModeling:
     training = TrainingSegments(corpus.train, config.batch_size, config.segment_length)
 
@@ -159,7 +172,7 @@ def _language_modeling(
         tokens = corpus.valid if split == "valid" else corpus.test
         return evaluation_segments(tokens, config.eval_streams, config.segment_length)
 
-    return LanguageModeling(model, config, training, evaluation)
+    return LanguageModeling(model, config, training, evaluation, solve, seed)
 
 
 __all__ = ["Corpus", "Data", "DataConfig", "Experiment", "Segment", "TrainConfig", "Vocabulary"]

@@ -15,6 +15,7 @@ from equilibria.tasks.task import StepLoss, Task
 from equilibria.train.experiment import Experiment
 from equilibria.train.interrupt import StopRequest
 from equilibria.train.metrics_log import MetricsLog
+from equilibria.train.optimizers import Plateau
 from equilibria.train.progress import Progress
 from equilibria.train.run_folder import RunFolder
 from equilibria.train.statistics import Clock, Interval, SolveStatistics
@@ -41,6 +42,7 @@ class Trainer:
         self.step = 0
         self.clock = Clock()
         self.statistics = SolveStatistics()
+        self.plateau = Plateau()
         self._interval = Interval()
         self._phase = "equilibrium"
         self._rate = 0.0
@@ -95,11 +97,13 @@ class Trainer:
         start = time.perf_counter()
         config = self.experiment.optimizer
         rate = config.learning_rate_at(self.step, self.experiment.train.num_steps)
+        rate *= self.plateau.factor
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        result = self.task.training_loss(self.step)
-        result.loss.backward()
+        with self.experiment.train.autocast():
+            result = self.task.training_loss(self.step)
+        result.minimised.backward()
         norm = torch.nn.utils.clip_grad_norm_(
             self.task.model.parameters(), config.clip_norm or math.inf
         )
@@ -133,7 +137,9 @@ class Trainer:
             self._save()
 
     def _evaluate(self, progress: Progress, log: MetricsLog) -> bool:
-        result = self.task.evaluate("valid")
+        with self.experiment.train.autocast():
+            result = self.task.evaluate("valid")
+        self.plateau.see(result.loss, self.experiment.optimizer)
         record = {"kind": "valid", "step": self.step, "loss": result.loss, **result.figures}
         if result.num_evals.numel():
             record["num_evals"] = result.num_evals.double().mean().item()
@@ -158,6 +164,7 @@ class Trainer:
         self.clock = Clock(**state["clock"])
         self.statistics.load_state_dict(state["statistics"])
         self._interval = Interval.from_state_dict(state["interval"], device)
+        self.plateau = Plateau(**state["plateau"])
         torch.set_rng_state(state["random"]["cpu"])
         if torch.cuda.is_available() and state["random"]["cuda"]:
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -169,6 +176,7 @@ class Trainer:
             "clock": vars(self.clock),
             "statistics": self.statistics.state_dict(),
             "interval": self._interval.state_dict(),
+            "plateau": vars(self.plateau),
             "random": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

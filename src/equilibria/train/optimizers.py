@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from equilibria.core.errors import UserError, nearest
-from equilibria.core.parameters import check_not_negative
+from equilibria.core.parameters import check_not_negative, check_positive_integer
 
 OptimizerName = Literal["adam", "adamw", "radam", "sgd"]
-Schedule = Literal["cosine", "constant", "inverse-sqrt"]
+Schedule = Literal["cosine", "constant", "inverse-sqrt", "plateau"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class OptimizerConfig:
     """Steps over which the learning rate rises linearly to its peak."""
     final_fraction: float = 0.02
     """Where the cosine ends, as a share of the peak."""
+    plateau_factor: float = 0.5
+    """What the rate is multiplied with when the validation loss stands still."""
+    plateau_patience: int = 1
+    """Evaluations without a new best loss that are waited for before that."""
     clip_norm: float = 0.25
     """Gradients are scaled down to this norm; 0 for no clipping."""
 
@@ -48,6 +52,9 @@ class OptimizerConfig:
             raise UserError(f"learning_rate={self.learning_rate} must be a number above 0")
         if not 0 <= self.beta2 < 1:
             raise UserError(f"beta2={self.beta2} must be at least 0 and below 1, such as 0.98")
+        if not 0 < self.plateau_factor <= 1:
+            raise UserError(f"plateau_factor={self.plateau_factor} must be above 0 and at most 1")
+        check_positive_integer("plateau_patience", self.plateau_patience)
         for name in ("weight_decay", "momentum", "warmup_steps", "final_fraction", "clip_norm"):
             check_not_negative(name, getattr(self, name))
 
@@ -69,7 +76,7 @@ class OptimizerConfig:
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         match self.schedule:
-            case "constant":
+            case "constant" | "plateau":
                 factor = 1.0
             case "inverse-sqrt":
                 factor = math.sqrt(max(self.warmup_steps, 1) / (step + 1))
@@ -79,6 +86,26 @@ class OptimizerConfig:
                 falling = 0.5 * (1.0 + math.cos(math.pi * progress))
                 factor = self.final_fraction + (1.0 - self.final_fraction) * falling
         return self.learning_rate * factor
+
+
+@dataclass
+class Plateau:
+    """How far the schedule "plateau" has lowered the learning rate, and what it waits for."""
+
+    factor: float = 1.0
+    best: float = math.inf
+    waited: int = 0
+
+    def see(self, loss: float, config: OptimizerConfig) -> None:
+        """Take note of a validation loss."""
+        if config.schedule != "plateau":
+            return
+        if loss < self.best:
+            self.best, self.waited = loss, 0
+            return
+        self.waited += 1
+        if self.waited >= config.plateau_patience:
+            self.factor, self.waited = self.factor * config.plateau_factor, 0
 
 
 def _check_choice(name: str, given: str, choices: Any) -> None:

@@ -38,7 +38,8 @@ def finish(trainer: Trainer, data: Data) -> dict[str, Any]:
 
     best = run.checkpoints.best()
     run.checkpoints.load_weights(best, task.model)
-    test = task.evaluate("test")
+    with experiment.train.autocast():
+        test = task.evaluate("test")
     summary: dict[str, Any] = {
         "kind": "summary",
         "step": trainer.step,
