@@ -32,6 +32,8 @@ def gather(run: Path) -> Result:
     """What one finished run is worth keeping of, without places on this machine."""
     saved = json.loads((run / "config.json").read_text())
     del saved["config"]["train"]["folder"]
+    for place in ("folder", "cache", "path"):
+        saved["config"]["data"].pop(place, None)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "phase", "loss", "recall", "num_evals", "relative_residual", "seconds")
     return {

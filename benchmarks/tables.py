@@ -10,6 +10,7 @@ pages are up to date.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import statistics
@@ -30,6 +31,49 @@ Results = Mapping[str, Sequence[Counts]]
 """Of one family: for each solver and instance the evaluations to each tolerance."""
 Rank = tuple[int, float]
 """Unsolved instances, and the median over all with the unsolved at infinity; less is better."""
+
+
+def _copy_memory() -> str:
+    return (RESULTS / "copy_memory" / "table.md").read_text()
+
+
+def _words() -> str:
+    """A row per finished run, by text."""
+    columns = ["recipe", "parameters", "test perplexity", "best validation"]
+    columns += ["evaluations in training / test", "hours", "peak GiB"]
+    table: list[list[Any]] = []
+    for path in sorted((RESULTS / "language_models").glob("*.json")):
+        result = json.loads(path.read_text())
+        summary = result["summary"]
+        solves = [summary[f"{when}_solves"] for when in ("training", "test")]
+        evals = " / ".join("-" if s is None else f"{s['num_evals']['mean']:.1f}" for s in solves)
+        best = min(record["loss"] for record in result["valid"])
+        table.append(
+            [
+                f"`{result['recipe']}`",
+                f"{summary['num_parameters']:,}",
+                f"{summary['test_perplexity']:.1f}",
+                f"{math.exp(best):.1f}",
+                evals,
+                f"{summary['training_time']['total_seconds'] / 3600:.2f}",
+                f"{summary['peak_memory_mib'] / 1024:.2f}",
+            ]
+        )
+    return _table(columns, table)
+
+
+def _corpus(result: dict[str, Any]) -> str:
+    columns = ["103 million tokens, 267,735 words", "seconds", "memory, MiB", "per segment"]
+    rows = [
+        [
+            f"{name}, a text of {result['text_mib']:,} MiB" if key == "first" else name,
+            f"{result[key]['seconds']:.1f}",
+            f"{result[key]['mib']:.0f}",
+            f"{result[key]['microseconds_per_segment']:.0f} microseconds",
+        ]
+        for key, name in (("first", "encode and open"), ("again", "open again"))
+    ]
+    return _table(columns, rows)
 
 
 def main() -> None:
@@ -651,6 +695,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "scaling": _measured("scaling", scaling),
         "gpus": gpus,
         "about performance": about_performance,
+    },
+    "language-models.md": {
+        "corpus": _measured("corpus_memory", _corpus),
+        "copy memory": _copy_memory,
+        "words": _words,
     },
 }
 

@@ -22,6 +22,7 @@ TIMED = {
     "scaling": ["batch", "steps"],
     "rounded_history": [],
     "profile_step": [],
+    "corpus_memory": [],
     "gpu.wt103_block": ["bfloat16"],
     "gpu.tiny_and_mdeq": ["mdeq"],
     "gpu.kernels": [],

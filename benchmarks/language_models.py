@@ -1,0 +1,63 @@
+"""What do models of equal parameters make of words, after equal steps?
+
+    equilibria train ptb-small --data FOLDER        # and the others
+    python -m benchmarks.language_models runs/ptb-small-* runs/wikitext2-small-*
+
+Gathers what finished runs left into results/language_models, one JSON file per recipe
+(configuration, environment, summary, course of the losses), and draws their losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.copy_memory import Result, gather
+from benchmarks.record import RESULTS
+
+FOLDER = RESULTS / "language_models"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Training and validation perplexities of all runs over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for result, colour in zip(results, COLOURS, strict=False):
+        for kind, style in (
+            ("train", {"linewidth": 0.6, "alpha": 0.5}),
+            ("valid", {"marker": "o"}),
+        ):
+            steps = [record["step"] for record in result[kind]]
+            values = [math.exp(min(record["loss"], 10.0)) for record in result[kind]]
+            label = result["recipe"] if kind == "valid" else None
+            axes.plot(steps, values, color=colour, label=label, markersize=4, **style)
+    axes.set_yscale("log")
+    axes.set_xlabel("training step (16 x 64 words)")
+    axes.set_ylabel("perplexity (thin: training; dots: validation)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the runs named on the command line; write JSON and picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for run in parser.parse_args(arguments).runs:
+        result = gather(run)
+        result["summary"].pop("sample", None)
+        path = FOLDER / f"{result['recipe']}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    draw([json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))],
+         FOLDER / "perplexity.png")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
