@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.record import RESULTS
 
 FOLDER = RESULTS / "copy_memory"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
 PUBLISHED = {
     "copy-memory-deq-transformer": ("DEQ-Transformer", 3.5e-6),
     "copy-memory-tcn": ("TCN", 2.7e-5),
@@ -97,7 +98,7 @@ def draw(results: list[Result], path: Path) -> None:
     axes.set_ylabel("training loss (nats per position)")
     axes.set_title("Copy memory, T = 400; dotted: published")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     for result in results:
         path = FOLDER / f"{result['recipe'].removeprefix('copy-memory-')}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
-    draw(results, FOLDER / "loss.png")
+    draw(results, IMAGES / "copy-memory.png")
     (FOLDER / "table.md").write_text(table(results) + "\n")
     print(table(results))
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.copy_memory import Result, gather
+from benchmarks.copy_memory import IMAGES, Result, gather
 from benchmarks.record import RESULTS
 
 FOLDER = RESULTS / "language_models"
@@ -41,7 +41,7 @@ def draw(results: list[Result], path: Path) -> None:
     axes.set_xlabel("training step (16 x 64 words)")
     axes.set_ylabel("perplexity (thin: training; dots: validation)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = FOLDER / f"{result['recipe']}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
     draw([json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))],
-         FOLDER / "perplexity.png")  # fmt: skip
+         IMAGES / "words.png")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ TARGETS = (
             Mutation("(squares) - state.by_images", "(squares) + state.by_images"),
             Mutation("(squares), -right)", "(squares), right)"),
             Mutation("iterate.residual, previous.residual", "iterate.residual, previous.fz"),
-            Mutation("older - torch.bmm(vectors", "older + torch.bmm(vectors"),
+            Mutation("older - _products(vectors", "older + _products(vectors"),
             Mutation("self._system = -older", "self._system = older"),
             Mutation("self._system.mT", "self._system"),
             Mutation("(state.latest, iterate)", "(iterate,)"),
