@@ -41,19 +41,16 @@ class FullSoftmax(NamedTuple):
 
 
 class LanguageModelOutput(NamedTuple):
-    """What a language model says of a segment.
-
-    Args:
-        memory: for the next segment.
-        solution: how the solve went; None of an explicit model.
-        losses: negative log-likelihoods (B, L) of the targets, if there were any.
-        unnormalised: what `logits` returns.
-    """
+    """What a language model says of a segment."""
 
     memory: tuple[Tensor, ...]
+    """For the next segment."""
     solution: Solution | None = None
+    """How the solve went; None of an explicit model."""
     losses: Tensor | None = None
+    """Negative log-likelihoods (B, L) of the targets, if there were any."""
     unnormalised: Tensor | None = None
+    """What `logits` returns."""
 
     @classmethod
     def of(
