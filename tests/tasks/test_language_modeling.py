@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -320,3 +322,21 @@ def test_memory_in_evaluation_is_that_of_training_unless_given() -> None:
         LanguageModelingConfig(memory_length=7, eval_memory_length=0).memory_length_in_evaluation
         == 0
     )
+
+
+def test_evaluation_keeps_no_solve_alive(make_model: ModelFactory) -> None:
+    """A solution holds on to its problem: injection, masks, state."""
+    task = _task(make_model(solve=LOOSE))
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    def hook(_: nn.Module, arguments: Any, output: Any) -> None:
+        nonlocal most
+        alive.append(weakref.ref(output.solution))
+        gc.collect()
+        most = max(most, sum(solution() is not None for solution in alive))
+
+    task.model.register_forward_hook(hook)
+    task.evaluate("valid")
+    assert len(alive) > 3
+    assert most <= 2

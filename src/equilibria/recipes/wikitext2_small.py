@@ -13,7 +13,7 @@ from equilibria.models.deq_transformer import DEQTransformerConfig
 from equilibria.recipes import ptb_small
 from equilibria.train.experiment import Experiment, TrainConfig
 
-EXPECTED = "no number yet: not run to the end of its steps, 2,700 or 4,000"
+EXPECTED = "test perplexity 185 after two epochs, our own run (unigram 914)"
 
 
 def recipe() -> Experiment:

@@ -17,7 +17,15 @@ from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.solution import Solution
 from equilibria.models.config import unrolled_settings
-from equilibria.tasks.task import Evaluation, Phase, Split, StepLoss, Task, TaskConfig
+from equilibria.tasks.task import (
+    Evaluation,
+    Phase,
+    SolveFigures,
+    Split,
+    StepLoss,
+    Task,
+    TaskConfig,
+)
 
 _ALPHABET_SIZE = 8
 
@@ -134,7 +142,7 @@ class CopyMemory(Task):
         start = time.perf_counter()
         total, num_items = 0.0, 0
         recalled: list[Tensor] = []
-        solutions: list[Solution] = []
+        solves: list[SolveFigures] = []
         was_training = self.model.training
         self.model.eval()
         try:
@@ -148,14 +156,14 @@ class CopyMemory(Task):
                     num_items += targets.numel()
                     recalled.append(self._recalled(logits, targets))
                     if output.solution is not None:
-                        solutions.append(output.solution)
+                        solves.append(SolveFigures.of(output.solution))
         finally:
             self.model.train(was_training)
         right = torch.cat(recalled)
         return Evaluation.of_solves(
             loss=total / num_items,
             num_items=num_items,
-            solutions=solutions,
+            solves=solves,
             seconds=time.perf_counter() - start,
             figures={
                 "recall": right.double().mean().item(),

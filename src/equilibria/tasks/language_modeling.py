@@ -17,7 +17,15 @@ from equilibria.core.parameters import check_positive_integer
 from equilibria.core.solution import Solution
 from equilibria.models.config import SolveConfig, unrolled_settings
 from equilibria.tasks.stabilisers import StabiliserConfig
-from equilibria.tasks.task import Evaluation, Phase, Split, StepLoss, Task, TaskConfig
+from equilibria.tasks.task import (
+    Evaluation,
+    Phase,
+    SolveFigures,
+    Split,
+    StepLoss,
+    Task,
+    TaskConfig,
+)
 
 
 class Segment(Protocol):
@@ -190,7 +198,7 @@ class LanguageModeling(Task):
         """Score a split with the evaluation settings; see `Task.evaluate`."""
         start = time.perf_counter()
         total, num_items, memory = 0.0, 0, None
-        solutions: list[Solution] = []
+        solves: list[SolveFigures] = []
         was_training = self.model.training
         self.model.eval()
         try:
@@ -207,13 +215,13 @@ class LanguageModeling(Task):
                     total += _losses(output).sum().item()
                     num_items += int((segment.targets >= 0).sum())
                     if output.solution is not None:
-                        solutions.append(output.solution)
+                        solves.append(SolveFigures.of(output.solution))
         finally:
             self.model.train(was_training)
         return Evaluation.of_solves(
             loss=total / max(num_items, 1),
             num_items=num_items,
-            solutions=solutions,
+            solves=solves,
             seconds=time.perf_counter() - start,
         )
 

@@ -36,6 +36,21 @@ class StepLoss(NamedTuple):
         return self.loss if self.penalty is None else self.loss + self.penalty
 
 
+class SolveFigures(NamedTuple):
+    """What an evaluation remembers of a solve, per sample (B,).
+
+    Not the solution itself, which keeps its problem alive: injection, masks and state.
+    """
+
+    num_steps: Tensor
+    relative_residual: Tensor
+
+    @staticmethod
+    def of(solution: Solution) -> SolveFigures:
+        """Of one solution, on the CPU."""
+        return SolveFigures(solution.num_steps.cpu(), solution.relative_residual.cpu())
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Result of a pass over a split.
@@ -62,7 +77,7 @@ class Evaluation:
         cls,
         loss: float,
         num_items: int,
-        solutions: Sequence[Solution],
+        solves: Sequence[SolveFigures],
         seconds: float,
         figures: Mapping[str, float] | None = None,
     ) -> Self:
@@ -71,8 +86,8 @@ class Evaluation:
         return cls(
             loss=loss,
             num_items=num_items,
-            num_evals=torch.cat([none, *(s.num_steps.cpu() + 1 for s in solutions)]),
-            relative_residual=torch.cat([none, *(s.relative_residual.cpu() for s in solutions)]),
+            num_evals=torch.cat([none, *(solve.num_steps + 1 for solve in solves)]),
+            relative_residual=torch.cat([none, *(solve.relative_residual for solve in solves)]),
             seconds=seconds,
             figures=figures or {},
         )
