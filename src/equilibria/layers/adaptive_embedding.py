@@ -35,8 +35,9 @@ class AdaptiveEmbedding(nn.Module):
         init_std: of the initial embeddings and projections.
 
     Raises:
-        UserError: cut-offs that are not ascending within the vocabulary, a width that div_val
-            brings to nothing.
+        UserError: cut-offs that are not ascending within the vocabulary, a width that is no
+            positive integer or that div_val brings to nothing.
+        IndexError: in a call, an id outside of the vocabulary, as of `nn.Embedding`.
 
     References:
         Baevski and Auli, Adaptive input representations for neural language modeling, arXiv
@@ -55,10 +56,12 @@ class AdaptiveEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         check_positive_integer("vocabulary_size", vocabulary_size)
+        check_positive_integer("d_model", d_model)
         check_cutoffs(cutoffs, vocabulary_size)
         self.edges = (0, *cutoffs, vocabulary_size)
         self.d_model = d_model
-        widths = cluster_widths(d_embed or d_model, len(cutoffs) + 1, div_val)
+        d_embed = d_model if d_embed is None else d_embed
+        widths = cluster_widths(d_embed, len(cutoffs) + 1, div_val)
         self.weights = nn.ParameterList(
             torch.empty(end - begin, width)
             for (begin, end), width in zip(pairwise(self.edges), widths, strict=True)
@@ -76,8 +79,8 @@ class AdaptiveEmbedding(nn.Module):
             return F.embedding(tokens_BL, self.weights[0]) * math.sqrt(self.d_model)
         tokens = tokens_BL.flatten()
         embedded = self.projections[0].new_zeros(tokens.shape[0], self.d_model)
-        for i, (begin, end) in enumerate(pairwise(self.edges)):
-            rows = ((tokens >= begin) & (tokens < end)).nonzero().squeeze(1)
+        for i, begin in enumerate(self.edges[:-1]):
+            rows = rows_of_cluster(i, tokens, self.edges)
             # Also where there are none, so that every parameter has a gradient on every rank.
             vectors = F.linear(
                 F.embedding(tokens[rows] - begin, self.weights[i]), self.projections[i]
@@ -86,8 +89,23 @@ class AdaptiveEmbedding(nn.Module):
         return embedded.view(*tokens_BL.shape, self.d_model) * math.sqrt(self.d_model)
 
 
+def rows_of_cluster(i: int, ids: Tensor, edges: Sequence[int]) -> Tensor:
+    """Places (n,) of the ids (N,) that are in cluster i, which ends at edges[i + 1].
+
+    Ids outside of the vocabulary are in the first or the last cluster, whose table refuses them.
+    """
+    inside = torch.ones_like(ids, dtype=torch.bool)
+    if i > 0:
+        inside = ids >= edges[i]
+    if i + 2 < len(edges):
+        inside = inside & (ids < edges[i + 1])
+    return inside.nonzero().squeeze(1)
+
+
 def check_cutoffs(cutoffs: Sequence[int], vocabulary_size: int) -> None:
     """Raise UserError unless they are ascending and inside of the vocabulary."""
+    for cutoff in cutoffs:
+        check_positive_integer("a cutoff", cutoff)
     edges = (0, *cutoffs, vocabulary_size)
     if any(one >= other for one, other in pairwise(edges)):
         raise UserError(
@@ -102,6 +120,7 @@ def cluster_widths(d_embed: int, num_clusters: int, div_val: int) -> list[int]:
     Raises:
         UserError: one of them would be 0.
     """
+    check_positive_integer("d_embed", d_embed)
     check_positive_integer("div_val", div_val)
     widths = [d_embed // div_val**i for i in range(num_clusters)]
     if widths[-1] < 1:

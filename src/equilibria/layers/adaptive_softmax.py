@@ -5,14 +5,12 @@ Shape suffixes: B batch, L length, D width of the model, V vocabulary, N = B L p
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equilibria.core.errors import UserError
-from equilibria.layers.adaptive_embedding import AdaptiveEmbedding
+from equilibria.layers.adaptive_embedding import AdaptiveEmbedding, rows_of_cluster
 
 IGNORE_INDEX = -100
 """Target at which there is nothing to predict, as in PyTorch's cross entropy."""
@@ -25,7 +23,7 @@ class AdaptiveSoftmax(nn.Module):
         p(w | h) = softmax(h_0 [E_0; C]^T + b)[cluster i] softmax(h_i E_i^T + b_i)[w]
 
     with h_i = P_i^T h. The embeddings E_i are those of an `AdaptiveEmbedding`, and so are the
-    projections P_i, or all but the first. PyTorch's own `nn.AdaptiveLogSoftmaxWithLoss` cannot
+    projections P_i, unless they are untied. PyTorch's own `nn.AdaptiveLogSoftmaxWithLoss` cannot
     share weights with an embedding.
 
     Cost: the losses of N positions take the frequent tokens' logits for all of them, and those of a
@@ -35,10 +33,12 @@ class AdaptiveSoftmax(nn.Module):
         embedding: whose weights are shared.
         tie_first_projection: whether P_0 is shared, too. Transformer-XL's WikiText-103 models have
             one of their own.
+        tie_tail_projections: whether the P_i of all other clusters are shared.
         init_std: of what is not shared.
 
     Raises:
         UserError: a projection of one's own where the embedding has none.
+        IndexError: in `losses`, a target outside of the vocabulary, as of PyTorch's cross entropy.
 
     References:
         Grave et al., Efficient softmax approximation for GPUs, arXiv 1609.04309. Dai et al.,
@@ -50,6 +50,7 @@ class AdaptiveSoftmax(nn.Module):
         embedding: AdaptiveEmbedding,
         *,
         tie_first_projection: bool = True,
+        tie_tail_projections: bool = True,
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
@@ -65,6 +66,18 @@ class AdaptiveSoftmax(nn.Module):
         if not tie_first_projection:
             self.projection = nn.Parameter(torch.empty_like(embedding.projections[0]))
             nn.init.normal_(self.projection, std=init_std)
+        if not tie_tail_projections and not num_clusters:
+            raise UserError(
+                "tie_tail_projections=False, but without cutoffs there are no clusters whose "
+                "projections could be tied; give cutoffs, or leave it out"
+            )
+        self.tail_projections = None
+        if not tie_tail_projections:
+            self.tail_projections = nn.ParameterList(
+                torch.empty_like(shared) for shared in embedding.projections[1:]
+            )
+            for own in self.tail_projections:
+                nn.init.normal_(own, std=init_std)
         self.cluster_weight = self.cluster_bias = None
         if num_clusters:
             width = embedding.weights[0].shape[1]
@@ -91,14 +104,12 @@ class AdaptiveSoftmax(nn.Module):
         cluster = torch.bucketize(
             targets, torch.tensor(edges[1:-1], device=targets.device), right=True
         )
-        place = torch.where(targets < frequent, targets, frequent + cluster - 1)
+        place = torch.where(cluster == 0, targets, frequent + cluster - 1)
         losses = F.nll_loss(head, place, ignore_index=IGNORE_INDEX, reduction="none")
-        for i, (begin, end) in enumerate(pairwise(edges)):
-            if i == 0:
-                continue
-            rows = ((targets >= begin) & (targets < end)).nonzero().squeeze(1)
+        for i in range(1, len(self.embedding.weights)):
+            rows = rows_of_cluster(i, targets, edges)
             tail = self._tail(i, hidden[rows])
-            inside = F.nll_loss(tail, targets[rows] - begin, reduction="none")
+            inside = F.nll_loss(tail, targets[rows] - edges[i], reduction="none")
             losses = losses.index_add(0, rows, inside)
         return losses.view(shape)
 
@@ -131,5 +142,6 @@ class AdaptiveSoftmax(nn.Module):
     def _projected(self, i: int, hidden: Tensor) -> Tensor:
         if not self.embedding.projections:
             return hidden
-        own = self.projection if i == 0 else None
+        tails = self.tail_projections
+        own = self.projection if i == 0 else None if tails is None else tails[i - 1]
         return hidden @ (self.embedding.projections[i] if own is None else own)

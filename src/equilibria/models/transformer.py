@@ -57,6 +57,8 @@ class TransformerConfig(ModelConfig):
     """Biases of the injection and of the attention's output, which the first public code has."""
     tie_first_projection: bool = True
     """Whether the softmax shares the first cluster's projection, too."""
+    tie_tail_projections: bool = True
+    """Whether the softmax shares the projections of all other clusters."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
 
@@ -83,6 +85,11 @@ class TransformerConfig(ModelConfig):
             raise UserError(
                 "tie_first_projection=False, but without cutoffs or another d_embed there is no "
                 "projection to tie; leave it out"
+            )
+        if not self.tie_tail_projections and not self.cutoffs:
+            raise UserError(
+                "tie_tail_projections=False, but without cutoffs there are no clusters whose "
+                "projections could be tied; leave it out"
             )
         if not self.init_std > 0:
             raise UserError(f"init_std={self.init_std} must be above 0")
@@ -113,6 +120,7 @@ class TransformerEnds(nn.Module):
             self.adaptive_softmax = AdaptiveSoftmax(
                 self.embedding,
                 tie_first_projection=config.tie_first_projection,
+                tie_tail_projections=config.tie_tail_projections,
                 init_std=config.init_std,
             )
         else:
