@@ -7,11 +7,15 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from equilibria import UserError
+from equilibria.data import segments
 from equilibria.layers.adaptive_embedding import AdaptiveEmbedding
-from equilibria.layers.adaptive_softmax import AdaptiveSoftmax
+from equilibria.layers.adaptive_softmax import IGNORE_INDEX, AdaptiveSoftmax
 from equilibria.layers.mixture_of_softmaxes import MixtureOfSoftmaxes
+from equilibria.models.output import FullSoftmax
 
 V, D = 30, 12
 FORMS = [
@@ -88,6 +92,116 @@ def test_parity_with_pytorch():
 
 
 @forms
+def test_ids_outside_of_the_vocabulary_are_refused(form):
+    """As by PyTorch's own embedding and cross entropy, and not taken for something else."""
+    embedding, softmax = make(form)
+    hidden = torch.randn(1, 2, D, dtype=torch.float64)
+    for outside in (-1, V, V + 7):
+        ids = torch.tensor([[0, outside]])
+        with pytest.raises(IndexError, match="out of"):
+            embedding(ids)
+        with pytest.raises(IndexError, match="out of bounds"):
+            softmax.losses(hidden, ids)
+
+
+def test_losses_never_have_a_tensor_of_all_positions_and_tokens():
+    """Of 40 frequent words in 2,000, and targets that are rare in every tenth position."""
+    embedding = AdaptiveEmbedding(2_000, 8, cutoffs=(40, 200), div_val=2)
+    softmax = AdaptiveSoftmax(embedding)
+    hidden = torch.randn(4, 50, 8, requires_grad=True)
+    targets = torch.zeros(4, 50, dtype=torch.int64)
+    targets[:, ::10] = 1_999
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    with Watch():
+        softmax.losses(hidden, targets).sum().backward()
+    assert max(sizes) == 20 * 1_800  # the rare positions times the tokens of their cluster
+    assert 200 * 2_000 > 10 * max(sizes)
+
+
+class _Plain(nn.Module):
+    """A full softmax with the parameters of an embedding's kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(V, D)), nn.Parameter(torch.randn(V))
+
+    def softmax(self) -> FullSoftmax:
+        return FullSoftmax(self.weight, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["full", "adaptive", "mixture"])
+def test_all_softmaxes_are_asked_alike(kind, dtype):
+    """Losses (B, L) in float32 of the log-probabilities (B, L, V), 0 where nothing is asked."""
+    if kind == "full":
+        softmax = _Plain().to(dtype).softmax()
+    elif kind == "adaptive":
+        embedding = AdaptiveEmbedding(V, D, cutoffs=(5, 14), div_val=2, init_std=0.5).to(dtype)
+        softmax = AdaptiveSoftmax(embedding, init_std=0.5).to(dtype)
+    else:
+        softmax = MixtureOfSoftmaxes(nn.Embedding(V, 5).to(dtype), D, 3).to(dtype)
+    hidden, targets = torch.randn(2, 6, D, dtype=dtype), torch.randint(V, (2, 6))
+    targets[1, 2:] = IGNORE_INDEX
+    losses, logs = softmax.losses(hidden, targets), softmax.log_probabilities(hidden)
+    assert losses.dtype == torch.float32
+    assert losses.shape == targets.shape
+    assert logs.shape == (2, 6, V)
+    assert (losses[1, 2:] == 0).all()
+    wanted = nn.functional.cross_entropy(
+        logs.float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    torch.testing.assert_close(losses, wanted.view(2, 6), rtol=1e-5, atol=1e-5)
+
+
+def test_data_ignore_what_softmaxes_ignore():
+    assert IGNORE_INDEX == segments.IGNORE_INDEX
+
+
+UNTIED = [
+    pytest.param({"tie_first_projection": False}, ["projection"], id="first"),
+    pytest.param({"tie_tail_projections": False}, ["tail_projections.0", "tail_projections.1"],
+                 id="tail"),
+    pytest.param({"tie_first_projection": False, "tie_tail_projections": False},
+                 ["projection", "tail_projections.0", "tail_projections.1"], id="all"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "own"), UNTIED)
+def test_projections_can_be_the_softmax_s_own(options, own):
+    """With the embedding's numbers they are the tied softmax, whose gradient is their sum."""
+    form = {"cutoffs": (5, 14), "div_val": 2}
+    embedding, untied = make(form, **options)
+    tied = AdaptiveSoftmax(embedding).double()
+    shared = dict(zip(["projection", "tail_projections.0", "tail_projections.1"],
+                      embedding.projections, strict=True))  # fmt: skip
+    mine = dict(untied.named_parameters())
+    assert sorted(mine) == sorted(["bias", "cluster_weight", "cluster_bias", *own])
+    hidden = torch.randn(2, 9, D, dtype=torch.float64)
+    targets = torch.randint(V, (2, 9))
+    tied.load_state_dict({n: p for n, p in untied.state_dict().items() if n not in own})
+    assert not torch.allclose(untied.losses(hidden, targets), tied.losses(hidden, targets))
+    with torch.no_grad():
+        for name in own:
+            mine[name].copy_(shared[name])
+    torch.testing.assert_close(untied.losses(hidden, targets), tied.losses(hidden, targets))
+    wanted = torch.autograd.grad(tied.losses(hidden, targets).sum(), [shared[n] for n in own])
+    found = torch.autograd.grad(untied.losses(hidden, targets).sum(), [mine[n] for n in own])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_tail_projections_of_ones_own_need_a_tail():
+    with pytest.raises(UserError, match="tie_tail_projections=False, but without cutoffs"):
+        AdaptiveSoftmax(AdaptiveEmbedding(V, D, d_embed=7), tie_tail_projections=False)
+
+
+@forms
 def test_gradients_reach_every_parameter_and_are_right(form):
     embedding, softmax = make(form)
     tokens, targets = torch.randint(V, (2, 9)), torch.randint(V, (2, 9))
@@ -127,6 +241,8 @@ def test_weights_are_shared_and_counted_once():
         ({"cutoffs": (30,)}, "do not cut a vocabulary of 30"),
         ({"cutoffs": (5, 14), "div_val": 4, "d_embed": 8}, "leaves nothing of d_embed=8"),
         ({"cutoffs": (5,), "div_val": 0}, "div_val=0"),
+        ({"cutoffs": (5.5, 14)}, "a cutoff=5.5 must be an integer"),
+        ({"d_embed": 0}, "d_embed=0 must be"),
     ],
 )
 def test_impossible_clusters(form, message):

@@ -31,7 +31,7 @@ def _arguments(batch: int, heads: int, queries: int, memory: int, width: int) ->
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
-def _by_the_formula(arguments: list[Tensor]) -> Tensor:
+def _by_the_formula(arguments: list[Tensor], window: int | None = None) -> Tensor:
     """The four terms (a) to (d) of Transformer-XL, one score at a time; nothing is shifted."""
     q, k, v, positions, u, w = arguments
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
@@ -40,14 +40,15 @@ def _by_the_formula(arguments: list[Tensor]) -> Tensor:
     for b in range(batch):
         for h in range(heads):
             for i in range(queries):
-                visible = range(memory + i + 1)
+                here = memory + i
+                visible = range(0 if window is None else max(here + 1 - window, 0), here + 1)
                 scores = []
                 for j in visible:
                     p = positions[h, keys - 1 - (memory + i - j)]  # row of distance i - j
                     terms = q[b, h, i] @ k[b, h, j] + q[b, h, i] @ p + u[h] @ k[b, h, j] + w[h] @ p
                     scores.append(terms / math.sqrt(width))
                 weights = torch.stack(scores).softmax(0)
-                out[b, h, i] = sum(weights[j] * v[b, h, j] for j in visible)
+                out[b, h, i] = sum(w_ * v[b, h, j] for w_, j in zip(weights, visible, strict=True))
     return out
 
 
@@ -85,10 +86,32 @@ def test_attention_is_the_published_formula(
     torch.testing.assert_close(out, _by_the_formula(arguments), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [1, 2, 4, 6, 20])
+@pytest.mark.parametrize("memory", [0, 5])
+def test_a_window_is_the_formula_over_fewer_keys(window: int, memory: int) -> None:
+    """Which reach into the memory where the window does; also where weights are dropped by ones."""
+    arguments = _arguments(2, 2, 4, memory, width=6)
+    future = future_mask(4, memory + 4, torch.device("cpu"), window)
+    wanted = _by_the_formula(arguments, window)
+    out = relative_attention(*arguments, future)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    ones = torch.ones(2, 2, 4, memory + 4, dtype=torch.float64)
+    out = relative_attention(*arguments, future, ones)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_of_attention() -> None:
     arguments = [a.requires_grad_() for a in _arguments(1, 2, 3, 2, width=2)]
     future = future_mask(3, 5, torch.device("cpu"))
     assert torch.autograd.gradcheck(lambda *a: relative_attention(*a, future), arguments)
+
+
+def test_gradients_of_attention_with_a_window_and_dropped_weights() -> None:
+    arguments = [a.requires_grad_() for a in _arguments(1, 2, 3, 2, width=2)]
+    future = future_mask(3, 5, torch.device("cpu"), 2)
+    generator = torch.Generator().manual_seed(1)
+    mask = 2.0 * torch.randint(2, (1, 2, 3, 5), generator=generator).double()
+    assert torch.autograd.gradcheck(lambda *a: relative_attention(*a, future, mask), arguments)
 
 
 def test_second_derivatives_of_attention() -> None:
