@@ -28,15 +28,35 @@ def make(**options: Any) -> TransformerXL:
     return TransformerXLConfig(**{**SMALL, "num_layers": 3, **options}).build(11).double()
 
 
-def test_tied_layers_are_an_unrolled_deq(tokens):
-    tied = make(tied=True, num_layers=5)
-    deq = DEQTransformerConfig(**SMALL).build(11).double()
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_norm": False, "attention_bias": True},
+        {"cutoffs": (4, 8), "div_val": 2, "tie_first_projection": False},
+        {"attention_window": 3, "position_dropout": 0.3, "attention_dropout": 0.3, "dropout": 0.3},
+    ],
+    ids=["plain", "bias", "adaptive", "dropped"],
+)
+@pytest.mark.parametrize("num_layers", [1, 5])
+def test_tied_layers_are_an_unrolled_deq(num_layers, options, norm, tokens):
+    """In training mode: the seed draws the same masks for both, once for all layers."""
+    options = {"norm": norm, **options}
+    tied = make(tied=True, num_layers=num_layers, **options)
+    deq = DEQTransformerConfig(**{**SMALL, **options}).build(11).double()
     names = {
         name.replace("layers.0.", "deq.cell."): value for name, value in tied.state_dict().items()
     }
     deq.load_state_dict(names)
-    unrolled = deq(tokens, settings=unrolled_settings(5)).logits
-    torch.testing.assert_close(tied(tokens).logits, unrolled)
+    targets = tokens.roll(-1, 1)
+    found = []
+    for model, settings in ((tied, None), (deq, unrolled_settings(num_layers))):
+        torch.manual_seed(7)
+        losses = model(tokens, targets=targets, settings=settings).losses
+        found.append((losses, *torch.autograd.grad(losses.sum(), list(model.parameters()))))
+    for mine, unrolled in zip(*found, strict=True):
+        torch.testing.assert_close(mine, unrolled)
 
 
 @both
@@ -60,6 +80,21 @@ def test_segments_with_a_long_memory_are_the_whole_text(tied, tokens):
     parts = torch.cat((first.logits, second.logits), 1)
     torch.testing.assert_close(parts, whole)
     assert [m.shape[1] for m in second.memory] == [9] * (4 if tied else 3)
+
+
+@both
+def test_a_layer_attends_to_its_own_inputs_of_the_last_segment(tied, tokens):
+    """What is remembered is what every layer was given, and nothing reaches back by gradients."""
+    model = make(tied=tied).eval()
+    given: list[torch.Tensor] = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    memory = model(tokens, memory_length=4).memory
+    for kept, inputs in zip(memory[:3], given, strict=True):
+        assert torch.equal(kept, inputs[:, -4:])
+        assert not kept.requires_grad
+    longer = model(tokens, memory, memory_length=11).memory
+    assert all(torch.equal(new[:, :2], old[:, 2:]) for new, old in zip(longer, memory, strict=True))
 
 
 @both

@@ -95,6 +95,17 @@ class TestDEQTransformer(CellContract):
         return (4.0 * torch.randn(batch, 5, 16),)
 
 
+class TestDEQTransformerWithAWindow(TestDEQTransformer):
+    """And with every mask."""
+
+    def make_cell(self) -> Cell:
+        config = DEQTransformerConfig(
+            d_model=16, num_heads=2, d_inner=32, dropout=0.1, attention_dropout=0.1,
+            position_dropout=0.1, attention_window=3, attention_bias=True, init_std=0.1,
+        )  # fmt: skip
+        return DEQTransformerCell(config)
+
+
 @pytest.mark.slow
 class TestPreNormDEQTransformer(TestDEQTransformer):
     norm = "pre"
