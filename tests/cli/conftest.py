@@ -50,7 +50,7 @@ def call(*arguments: object) -> Result:
 def start(arguments: Sequence[object], folder: Path) -> subprocess.Popen[str]:
     """Start `equilibria` as a process of its own, in `folder`."""
     return subprocess.Popen(
-        [sys.executable, "-m", "equilibria.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "equilibria", *map(str, arguments)],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

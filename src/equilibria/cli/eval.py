@@ -70,7 +70,8 @@ def main(arguments: Sequence[str]) -> int:
         )
     print(f"{result.seconds:.1f} s, {result.num_items / result.seconds:.0f} tokens/s")
     if options.spectral_radius:
-        print(_render_radius(task))
+        with experiment.train.autocast():
+            print(_render_radius(task))
     return 0
 
 

@@ -26,10 +26,6 @@ class OldTensors:
     mapped: dict[str, str] = field(default_factory=dict[str, str])
     left: dict[str, str] = field(default_factory=dict[str, str])
 
-    def has(self, name: str) -> bool:
-        """Whether there is such a tensor, by its own name or split into direction and length."""
-        return name in self.tensors or self._direction(name) is not None
-
     def take(self, name: str, becomes: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor, with its dimensions of size 1 dropped if it has more than are wanted.
 

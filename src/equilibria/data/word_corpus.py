@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,8 +197,3 @@ def _mapped(path: Path, count: int) -> Tensor:
     if size != 4 * count:
         raise ValueError(f"{path.name} has {size} bytes instead of {4 * count}")
     return torch.from_file(str(path), shared=False, size=count, dtype=torch.int32)
-
-
-def normalised(lines: Iterable[str]) -> Iterator[str]:
-    """Lines with one blank between words: what `KnownText.digests` are of."""
-    return (" ".join(line.split()) + "\n" for line in lines)

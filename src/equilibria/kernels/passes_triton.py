@@ -198,7 +198,6 @@ def gather(
             new_test = point - previous_point
         else:
             new_test = residual - (previous_image - previous_point)
-        # Two conditions here, too.
         if tests.dtype.element_ty == tl.bfloat16:
             new_test = rounded(new_test).to(z.dtype.element_ty)
             new_image = rounded(new_image).to(z.dtype.element_ty)

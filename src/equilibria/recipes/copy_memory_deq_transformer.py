@@ -5,8 +5,7 @@ one step, so that what has to be learnt is where to look: one head of two comes 
 410 positions back. Shallow first, then at equilibrium.
 
 Expected: 3.9e-9 (our own run, 47 minutes on one CPU thread); published 3.5e-6 with 14K parameters
-(arXiv 1909.01377, table 1); without memory 0.0495. At a forward tolerance of 1e-2 instead of 1e-3
-the loss of equilibrium steps stays above 1e-3: what is remembered has to be more exact than that.
+(arXiv 1909.01377, table 1); without memory 0.0495.
 """
 
 from equilibria.adjoints.implicit import Implicit

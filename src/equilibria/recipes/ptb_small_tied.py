@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from equilibria.models.transformer_xl import TransformerXLConfig
 from equilibria.recipes import ptb_small
-from equilibria.tasks.language_modeling import LanguageModelingConfig
 from equilibria.train.experiment import Experiment
 
 EXPECTED = "no number yet: not run over all 2,700 steps"
@@ -16,9 +15,8 @@ EXPECTED = "no number yet: not run over all 2,700 steps"
 
 def recipe() -> Experiment:
     """Return the full configuration."""
-    deq = ptb_small.recipe()
     return replace(
-        deq,
+        ptb_small.recipe(),
         model=TransformerXLConfig(
             d_model=200,
             num_heads=4,
@@ -28,7 +26,5 @@ def recipe() -> Experiment:
             num_layers=12,
             tied=True,
         ),
-        task=LanguageModelingConfig(
-            batch_size=16, segment_length=64, memory_length=64, eval_streams=8
-        ),
+        task=replace(ptb_small.TASK, pretrain_steps=0),
     )

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from equilibria.models.trellisnet import TrellisNetConfig
 from equilibria.recipes import ptb_trellisnet_small
-from equilibria.tasks.language_modeling import LanguageModelingConfig
 from equilibria.train.experiment import Experiment
 
 EXPECTED = "no number yet: not run over all 2,700 steps"
@@ -25,7 +24,5 @@ def recipe() -> Experiment:
             output_dropout=0.2,
             num_layers=10,
         ),
-        task=LanguageModelingConfig(
-            batch_size=16, segment_length=64, memory_length=1, eval_streams=8
-        ),
+        task=replace(ptb_trellisnet_small.TASK, pretrain_steps=0),
     )

@@ -9,7 +9,6 @@ size.
 from dataclasses import replace
 
 from equilibria.data.word_corpus import WordCorpusConfig
-from equilibria.models.deq_transformer import DEQTransformerConfig
 from equilibria.recipes import ptb_small
 from equilibria.train.experiment import Experiment, TrainConfig
 
@@ -18,12 +17,9 @@ EXPECTED = "test perplexity 185 after two epochs, our own run (unigram 914)"
 
 def recipe() -> Experiment:
     """Return the full configuration."""
-    small = ptb_small.recipe()
-    if not isinstance(small.model, DEQTransformerConfig):
-        raise TypeError("ptb-small is not the DEQ-Transformer that this recipe varies")
     return replace(
-        small,
+        ptb_small.recipe(),
         data=WordCorpusConfig("wikitext-2"),
-        model=replace(small.model, cutoffs=(4_000, 12_000), div_val=2),
+        model=replace(ptb_small.MODEL, cutoffs=(4_000, 12_000), div_val=2),
         train=TrainConfig(num_steps=4_000, log_every=20, eval_every=1_000, checkpoint_every=200),
     )

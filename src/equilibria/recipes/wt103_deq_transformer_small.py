@@ -7,8 +7,7 @@ feed-forward width is not: 2,500 gives the published 4.5M. Not run here.
 
 from dataclasses import replace
 
-from equilibria.models.deq_transformer import DEQTransformerConfig
-from equilibria.recipes import wt103_deq_transformer
+from equilibria.recipes import wt103_deq_transformer as medium
 from equilibria.train.experiment import Experiment
 
 EXPECTED = "test perplexity 32.4 (arXiv 1909.01377, table 3); not run here"
@@ -16,12 +15,8 @@ EXPECTED = "test perplexity 32.4 (arXiv 1909.01377, table 3); not run here"
 
 def recipe() -> Experiment:
     """Return the full configuration."""
-    medium = wt103_deq_transformer.recipe()
-    model = medium.model
-    if not isinstance(model, DEQTransformerConfig):
-        raise TypeError("wt103-deq-transformer is not the DEQ-Transformer that this recipe varies")
-    small = replace(
-        model,
+    model = replace(
+        medium.MODEL,
         d_model=500,
         d_inner=2_500,
         d_embed=None,
@@ -29,4 +24,4 @@ def recipe() -> Experiment:
         div_val=1,
         tie_first_projection=True,
     )
-    return replace(medium, model=small)
+    return replace(medium.recipe(), model=model)

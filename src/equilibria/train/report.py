@@ -111,7 +111,8 @@ def _sample(
 
 def _write_trace(trainer: Trainer) -> None:
     """Record how the residual falls, step by step, at the end of training."""
-    solution = trainer.task.trace()
+    with trainer.experiment.train.autocast():
+        solution = trainer.task.trace()
     if solution is None:
         return
     backward = solution.backward.result
