@@ -33,6 +33,8 @@ def relative_shift(scores_BHLK: Tensor) -> Tensor:
     meaningless and must be masked.
     """
     *lead, num_queries, num_keys = scores_BHLK.shape
+    if num_queries == 1:
+        return scores_BHLK  # in order already
     padded = F.pad(scores_BHLK, (1, 0))
     return padded.reshape(*lead, num_keys + 1, num_queries)[..., 1:, :].reshape(
         *lead, num_queries, num_keys
