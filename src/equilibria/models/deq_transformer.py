@@ -22,7 +22,12 @@ from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
 from equilibria.core.solution import Solution
 from equilibria.deq import Cell
-from equilibria.layers.relative_attention import future_mask, relative_attention, sinusoids
+from equilibria.layers.relative_attention import (
+    future_mask,
+    relative_attention,
+    relative_attention_of_next,
+    sinusoids,
+)
 from equilibria.layers.variational_dropout import dropout_mask, variational_mask
 from equilibria.models.config import SolveConfig
 from equilibria.models.decoding import Prediction
@@ -83,6 +88,7 @@ class Injection(NamedTuple):
 
     qkv: Tensor | None
     memory_k: Tensor
+    """(B, H, M, E), as memory_v."""
     memory_v: Tensor
     position_HKE: Tensor
     future_LK: Tensor
@@ -144,7 +150,7 @@ class DEQTransformerCell(Cell):
             memory = self._nothing(x)
         memory_k, memory_v = self._memory_kv(memory, weights)
         length = x.shape[1]
-        num_keys = memory_k.shape[1] + length
+        num_keys = memory_k.shape[2] + length
         config = self.config
         if constants is None:
             position_HKE = self._positions(num_keys, x)
@@ -238,14 +244,14 @@ class DEQTransformerCell(Cell):
     def _memory_kv(
         self, memory: Memory | Past | KeyValues, weights: Weights
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, M, D) of a memory."""
+        """Keys and values (B, H, M, E) of a memory."""
         if isinstance(memory, KeyValues):
             return memory.k, memory.v
         kv = F.linear(self._normalised(memory.z, "pre"), weights.qkv[self.config.d_model :])
         if memory.kv_injection is not None:
             kv = kv + memory.kv_injection
         k, v = kv.chunk(2, dim=-1)
-        return k, v
+        return self._heads(k), self._heads(v)
 
     def key_values(self, z: Tensor, injection: Injection) -> KeyValues:
         """Keys and values of the positions of a segment (B, L, D) that has been solved."""
@@ -257,17 +263,15 @@ class DEQTransformerCell(Cell):
         qkv = F.linear(z, injection.weights.qkv)
         if injection.qkv is not None:
             qkv = qkv + injection.qkv
-        q, k, v = qkv.chunk(3, dim=-1)
-        attended = relative_attention(
-            self._heads(q),
-            self._heads(torch.cat((injection.memory_k, k), dim=1)),
-            self._heads(torch.cat((injection.memory_v, v), dim=1)),
-            injection.position_HKE,
-            self.content_bias,
-            self.position_bias,
-            injection.future_LK,
-            injection.masks.weights_BHLK,
-        )
+        q, k, v = map(self._heads, qkv.chunk(3, dim=-1))
+        past_k, past_v = injection.memory_k, injection.memory_v
+        about = (injection.position_HKE, self.content_bias, self.position_bias, injection.future_LK)
+        dropped = injection.masks.weights_BHLK
+        if z.shape[1] == 1 and dropped is None:
+            attended = relative_attention_of_next(q, k, v, past_k, past_v, *about)
+        else:
+            k, v = _after(past_k, k), _after(past_v, v)
+            attended = relative_attention(q, k, v, *about, dropped)
         heads = attended.transpose(1, 2).flatten(2)
         return F.linear(heads, injection.weights.output, self.output.bias)
 
@@ -382,6 +386,14 @@ def last_positions(old: Tensor | None, new: Tensor, length: int) -> Tensor:
     # Contiguous: a view would keep the whole of both segments alive, and a memory read back from a
     # checkpoint, which has other strides, could give other last digits.
     return whole[:, start:].contiguous()
+
+
+def _after(past_BHME: Tensor, new_BHLE: Tensor) -> Tensor:
+    """Heads of keys or values (B, H, K, E) with the past in front, in memory position by position.
+
+    In that order as the projections leave them, so that what is copied is copied in one piece.
+    """
+    return torch.cat((past_BHME.transpose(1, 2), new_BHLE.transpose(1, 2)), dim=1).transpose(1, 2)
 
 
 def _of_rows(future: Tensor, rows: Tensor) -> Tensor:

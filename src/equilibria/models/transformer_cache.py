@@ -4,7 +4,7 @@ At an equilibrium without a look ahead, that of a position does not depend on wh
 keys and values are therefore final once it is solved, and a new token is an equilibrium of one
 position that attends to them.
 
-Shape suffixes: B batch, M positions kept, K = M + 1 keys, H heads, E width of a head, D d_model.
+Shape suffixes: B batch, M positions kept, K = M + 1 keys, H heads, E width of a head.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Constants(NamedTuple):
 
 
 class KeyValues(NamedTuple):
-    """Keys and values (B, M, D) of what was read, projected once.
+    """Keys and values (B, H, M, E) of what was read, projected once.
 
     Texts of different lengths end together: the first `num_padded` (B,) positions of a row are
     none. None where all are as long.
@@ -52,7 +52,7 @@ class KeyValues(NamedTuple):
     @property
     def length(self) -> int:
         """Positions (M), padding included."""
-        return int(self.k.shape[1])
+        return int(self.k.shape[2])
 
     @property
     def hidden(self) -> Tensor | None:
@@ -64,7 +64,7 @@ class KeyValues(NamedTuple):
 
     def append(self, new: KeyValues, length: int) -> KeyValues:
         """With the positions of a segment at the end; the last `length` are kept."""
-        k, v = torch.cat((self.k, new.k), dim=1), torch.cat((self.v, new.v), dim=1)
+        k, v = torch.cat((self.k, new.k), dim=2), torch.cat((self.v, new.v), dim=2)
         return KeyValues(k, v, self.num_padded).last(length)
 
     def last(self, length: int) -> KeyValues:
@@ -73,7 +73,7 @@ class KeyValues(NamedTuple):
         padded = self.num_padded
         if padded is not None:
             padded = (padded - start).clamp(min=0)
-        return KeyValues(self.k[:, start:], self.v[:, start:], padded)
+        return KeyValues(self.k[:, :, start:], self.v[:, :, start:], padded)
 
     def select(self, rows: Tensor) -> KeyValues:
         """Of some texts only."""
@@ -138,6 +138,6 @@ def positions_kept(memory_length: int, window: int | None) -> int:
     return memory_length if window is None else min(memory_length, window - 1)
 
 
-def _padded(x_BMD: Tensor, length: int) -> Tensor:
+def _padded(x_BHME: Tensor, length: int) -> Tensor:
     # Zeros and not whatever is there: a weight of 0 times NaN is NaN.
-    return F.pad(x_BMD, (0, 0, length - x_BMD.shape[1], 0))
+    return F.pad(x_BHME, (0, 0, length - x_BHME.shape[2], 0))

@@ -123,7 +123,8 @@ class TransformerXL(TransformerEnds):
         """Read prompts (B, L); see models/decoding.py."""
         x = self.embed(tokens)
         kept = positions_kept(memory_length, self.config.attention_window)
-        nothing = KeyValues(x[:, :0], x[:, :0])
+        heads = x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+        nothing = KeyValues(heads[:, :, :0], heads[:, :, :0])
         return self._read(
             x,
             TextCache((nothing,) * self.config.num_layers, self._constants(x.shape[1], x), kept),
