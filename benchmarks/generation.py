@@ -92,18 +92,19 @@ class Ways:
 
     def cached(self) -> Callable[[], Any]:
         """One step from a cache."""
-        model, text = self.subject.model, self.subject.text
-        cache = model.prefill(text[None, : self.length - 1], self.memory_length).cache
-        token = text[None, self.length - 1]
-        return lambda: model.step(token, cache)
+        return self._next([self.subject.text[None, : self.length - 2]])
 
     def together(self) -> Callable[[], Any]:
         """One step of many texts, whose lengths differ a little."""
+        return self._next([self.subject.text[None, i : self.length - 2] for i in range(BATCH)])
+
+    def _next(self, prompts: Sequence[Tensor]) -> Callable[[], Any]:
+        """The second step after prompts: the first makes room for many."""
         model, text = self.subject.model, self.subject.text
-        prompts = [text[None, i : self.length - 1] for i in range(BATCH)]
         caches = [model.prefill(prompt, self.memory_length).cache for prompt in prompts]
-        cache, tokens = model.join(caches), text[self.length - 1].expand(BATCH)
-        return lambda: model.step(tokens, cache)
+        first, second = (text[i].expand(len(prompts)) for i in (self.length - 2, self.length - 1))
+        cache = model.step(first, model.join(caches)).cache
+        return lambda: model.step(second, cache)
 
     def memory(self) -> Callable[[], Any]:
         """One segment of one token, with the memory of the text."""
