@@ -70,8 +70,14 @@ def find(kind: type, name: str) -> type:
     )
 
 
-def parse(kind: type, text: str) -> Any:
+def parse(kind: type, text: str, *, outside: bool = True) -> Any:
     """Build a plug-in from its description, for example "anderson(history_size=8)".
+
+    Args:
+        kind: its base class.
+        text: the description.
+        outside: whether "package.module:Class" is allowed. Importing a module runs its code, which
+            text from strangers shall not choose.
 
     Raises:
         UserError: malformed text, an unknown name or option, or a value the class refuses.
@@ -83,6 +89,11 @@ def parse(kind: type, text: str) -> Any:
             f"{text!r} cannot be read; write a name, or a name with options such as "
             "'anderson(history_size=8)'"
         ) from error
+    if not outside and any(isinstance(node, ast.Attribute) for node in ast.walk(tree)):
+        raise UserError(
+            f"{text!r} names a class outside of equilibria, whose module would be imported; only "
+            f"names of ours are read here ({', '.join(names(kind))})"
+        )
     return _build([kind], tree, text)
 
 

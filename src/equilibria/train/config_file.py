@@ -30,10 +30,17 @@ def to_json(config: Any) -> Any:
     return config
 
 
-def from_json(default: Config, values: object, path: str = "") -> Config:
+def from_json(default: Config, values: object, path: str = "", *, outside: bool = True) -> Config:
     """Rebuild a configuration from JSON values, on top of a default of the right types.
 
     Options that the file does not have keep their default, so that old runs stay readable.
+
+    Args:
+        default: a configuration of the right types.
+        values: what the file says.
+        path: of these options inside of the whole, for messages.
+        outside: whether plug-ins may be classes of other packages, which are imported then; not
+            for files of strangers.
 
     Raises:
         UserError: an unknown option, or a value of the wrong type or out of range.
@@ -49,15 +56,15 @@ def from_json(default: Config, values: object, path: str = "") -> Config:
             raise UserError(f"unknown option {where!r}{nearest(str(name), known)}")
         current = getattr(default, name)
         if dataclasses.is_dataclass(current) and not isinstance(current, tuple(registry.KINDS)):
-            changes[name] = from_json(current, value, where)
+            changes[name] = from_json(current, value, where, outside=outside)
         else:
-            changes[name] = _leaf(value, hints[name], where)
+            changes[name] = _leaf(value, hints[name], where, outside)
     return dataclasses.replace(default, **changes)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
-def _leaf(value: object, hint: Any, where: str) -> Any:
+def _leaf(value: object, hint: Any, where: str, outside: bool) -> Any:
     try:
-        return _CONVERTER.structure(value, hint)
+        return _CONVERTERS[outside].structure(value, hint)
     except UserError:
         raise
     except Exception as error:
@@ -73,12 +80,12 @@ def _expected(hint: Any, given: object) -> str:
     return f"give a value of type {hint.__name__ if isinstance(hint, type) else hint}"
 
 
-def _make_converter() -> cattrs.Converter:
+def _make_converter(outside: bool) -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in registry.KINDS:
         converter.register_structure_hook_func(
             lambda hint, kind=kind: hint is kind,
-            lambda value, _, kind=kind: registry.parse(kind, _strict(str, value)),
+            lambda value, _, kind=kind: registry.parse(kind, _strict(str, value), outside=outside),
         )
     converter.register_structure_hook(Path, lambda value, _: Path(_strict(str, value)))
     converter.register_structure_hook(float, lambda value, _: float(_strict((int, float), value)))
@@ -96,4 +103,4 @@ def _strict(kinds: type | tuple[type, ...], value: Any) -> Any:
     return value
 
 
-_CONVERTER = _make_converter()
+_CONVERTERS = {outside: _make_converter(outside) for outside in (True, False)}
