@@ -12,8 +12,10 @@ more memory than a few times its own size.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +28,7 @@ from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
 from equilibria.data.characters import CharacterVocabulary
 from equilibria.data.words import WordVocabulary
-from equilibria.models.config import ModelConfig, SolveConfig
+from equilibria.models.config import ModelConfig
 from equilibria.pretrained import weights
 from equilibria.pretrained.architectures import Architecture, architecture, name_of
 from equilibria.train.config_file import from_json, to_json
@@ -44,7 +46,8 @@ _LIBRARY, _FORMAT = "equilibria", 1
 _MAX_CONFIG, _MAX_CARD = 2**20, 2**20
 """Bytes."""
 _BYTES_PER_TOKEN = 256
-_MAX_STEPS = 100_000
+_MAX_STEPS = 10_000
+"""Of a solver, and positions of its history."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +132,14 @@ def read_folder(folder: Path) -> Shared:
     header = weights.read_header(file)
     numbers = sum(form.num_bytes // form.dtype.itemsize for form in header.values())
     config, size = _config(folder, content, kind, numbers, len(header))
-    dtype = _dtype(folder, content)
+    dtype, reading = _dtype(folder, content), _reading(content)
     weights.check_forms(file, header, weights.forms_of(_on_no_device(folder, config, size), dtype))
     vocabulary = _vocabulary(folder, size)
     # Only now, and no larger than the file, is a model made.
     with torch.random.fork_rng(devices=[]):  # whoever loads a model draws as before
         model = config.build(size).to(dtype)
     weights.load_weights(file, model)
-    return Shared(model.eval(), config, size, vocabulary, _reading(content), _text(folder / CARD))
+    return Shared(model.eval(), config, size, vocabulary, reading, _text(folder / CARD))
 
 
 def _config_of(shared: Shared) -> dict[str, Any]:
@@ -186,11 +189,21 @@ def _config(
             f"{folder / CONFIG} asks for {kind.num_modules(config):,} layers, and the weights are "
             f"{tensors:,} tensors; get the folder again from where it was shared"
         )
-    solve = getattr(config, "solve", None)
-    if isinstance(solve, SolveConfig):
-        for name in ("max_steps", "eval_max_steps"):
-            _check_size(folder, f"solve.{name}", getattr(solve, name), _MAX_STEPS)
+    for name, value in _integers(getattr(config, "solve", None), "solve"):
+        _check_size(folder, name, value, _MAX_STEPS)
     return config, size
+
+
+def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:
+    """Step limits, lengths of histories and the like, of plug-ins inside of plug-ins, too."""
+    if type(value) is int:
+        yield name, value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for option in dataclasses.fields(value):
+            yield from _integers(getattr(value, option.name), f"{name}.{option.name}")
+    elif isinstance(value, tuple):
+        for item in cast(tuple[Any, ...], value):
+            yield from _integers(item, name)
 
 
 def _check_size(folder: Path, name: str, value: object, most: int) -> None:
@@ -198,7 +211,7 @@ def _check_size(folder: Path, name: str, value: object, most: int) -> None:
         if type(item) is int and abs(item) > most:
             raise UserError(
                 f"{folder / CONFIG} says {name}={item:,}, which is more than {most:,}, the most "
-                "that its weights allow; get the folder again from where it was shared"
+                "that is believed of a model of its size; get it again from where it was shared"
             )
 
 

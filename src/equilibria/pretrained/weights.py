@@ -80,17 +80,9 @@ def read_header(file: Path) -> dict[str, Form]:
     Raises:
         UserError: the file is missing or damaged, or not as large as its header says.
     """
+    size, length, raw = _raw_header(file)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise _damaged(file, f"its header is said to have {length:,} bytes")
-            header: object = json.loads(handle.read(length))
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read ({error.strerror}); get the folder again, complete"
-        ) from error
+        header: object = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise _damaged(file, "its header is not JSON") from error
     if not isinstance(header, dict):
@@ -132,6 +124,22 @@ def load_weights(file: Path, model: nn.Module) -> None:
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, str(error)) from error
     model.load_state_dict(weights)
+
+
+def _raw_header(file: Path) -> tuple[int, int, bytes]:
+    """Bytes of the file and of the header, and the header itself."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            raw = handle.read(length) if 2 <= length <= min(_MAX_HEADER, size - 8) else None
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}); get the folder again, complete"
+        ) from error
+    if raw is None:
+        raise _damaged(file, f"its header is said to have {length:,} bytes")
+    return size, length, raw
 
 
 def _form(file: Path, name: str, entry: object) -> Form:
