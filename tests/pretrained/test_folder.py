@@ -202,6 +202,9 @@ def test_parameters_of_several_types_are_not_shared(make: Make, tmp_path: Path) 
             {"model__solve__solver": "fallback(broyden(history_size=999999), picard, num_steps=5)"},
             "says solve.solver.solvers.history_size=999,999",
         ),
+        ({"model__cutoffs": [1] * 1001}, "has an option cutoffs of length 1,001"),
+        ({"model__solve__solver": "'" + "\\'" * 600}, "option solve.solver of length 1,201"),
+        ({"model__solve__solver": "-" * 999 + "1"}, "cannot be read"),
         ({"model__solve__solver": "os:system"}, "names a class outside of equilibria"),
         (
             {"model__solve__solver": "anderson(history_size=os.system('x'))"},
@@ -331,6 +334,16 @@ def test_places_that_overlap_are_refused(folder: Path) -> None:
         "data_offsets"
     ]
     file.write_bytes(_header(header) + raw[8 + length :])
+    with pytest.raises(UserError, match="truncated, damaged or no safetensors file"):
+        Pretrained.from_pretrained(folder)
+
+
+def test_a_tensor_that_is_named_twice_is_refused(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    twice = b'{"output_bias":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+    file.write_bytes(_header(twice + raw[9 : 8 + length]) + raw[8 + length :])
     with pytest.raises(UserError, match="truncated, damaged or no safetensors file"):
         Pretrained.from_pretrained(folder)
 

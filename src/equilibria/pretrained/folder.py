@@ -46,6 +46,7 @@ _LIBRARY, _FORMAT = "equilibria", 1
 _MAX_CONFIG, _MAX_CARD = 2**20, 2**20
 """Bytes."""
 _BYTES_PER_TOKEN = 256
+_MAX_LENGTH = 1000
 _MAX_STEPS = 10_000
 """Of a solver, and positions of its history."""
 
@@ -182,6 +183,7 @@ def _config(
         raise UserError(f"{folder / CONFIG} has no options of the model; get it again")
     # Before the configuration looks at them: its own checks can take time in proportion.
     for name, value in {**cast(dict[str, Any], options), "vocabulary_size": size}.items():
+        _check_length(folder, name, value)
         _check_size(folder, name, value, numbers)
     config = from_json(kind.default, options, "model", outside=False)
     if kind.num_modules(config) > tensors:
@@ -192,6 +194,18 @@ def _config(
     for name, value in _integers(getattr(config, "solve", None), "solve"):
         _check_size(folder, name, value, _MAX_STEPS)
     return config, size
+
+
+def _check_length(folder: Path, name: str, value: object) -> None:
+    """Of texts and lists, also of the options inside of one."""
+    if isinstance(value, str | list) and len(cast(str, value)) > _MAX_LENGTH:
+        raise UserError(
+            f"{folder / CONFIG} has an option {name} of length {len(cast(str, value)):,}, and none "
+            f"of ours is longer than {_MAX_LENGTH}; get it again from where it was shared"
+        )
+    if isinstance(value, dict):
+        for inner, item in cast(dict[str, object], value).items():
+            _check_length(folder, f"{name}.{inner}", item)
 
 
 def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:
@@ -264,14 +278,17 @@ def read_vocabulary(file: Path, size: int) -> Vocabulary:
         UserError: the file is damaged, or far too large for so many.
     """
     most = 2**16 + _BYTES_PER_TOKEN * size
-    kind = _small_json(file, most).get("kind")
-    stored = file.read_text(encoding="utf-8")
+    stored = _bounded(file, most)
+    kind = _object(file, stored).get("kind")
     return (WordVocabulary if kind == "words" else CharacterVocabulary).from_json(stored)
 
 
 def _small_json(file: Path, most: int) -> dict[str, Any]:
     """An object in a file of so many bytes at most."""
-    text = _bounded(file, most)
+    return _object(file, _bounded(file, most))
+
+
+def _object(file: Path, text: str) -> dict[str, Any]:
     try:
         content: object = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -82,9 +82,9 @@ def read_header(file: Path) -> dict[str, Form]:
     """
     size, length, raw = _raw_header(file)
     try:
-        header: object = json.loads(raw)
+        header: object = json.loads(raw, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
-        raise _damaged(file, "its header is not JSON") from error
+        raise _damaged(file, "its header is not JSON with every name once") from error
     if not isinstance(header, dict):
         raise _damaged(file, "its header names no tensors")
     entries = cast(dict[str, Any], header)
@@ -140,6 +140,14 @@ def _raw_header(file: Path) -> tuple[int, int, bytes]:
     if raw is None:
         raise _damaged(file, f"its header is said to have {length:,} bytes")
     return size, length, raw
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two entries of one name, readers may take either."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return entries
 
 
 def _form(file: Path, name: str, entry: object) -> Form:
