@@ -22,7 +22,7 @@ def recipe() -> Experiment:
             dropout=0.1,
             input_dropout=0.2,
             output_dropout=0.2,
+            init_std=0.02,
             num_layers=10,
         ),
-        task=replace(ptb_trellisnet_small.TASK, pretrain_steps=0),
     )
