@@ -73,6 +73,6 @@ def _write(experiment: Experiment, converted: Converted, options: ConvertOptions
     run = RunFolder.create(options.folder, f"{options.recipe}-converted")
     run.write_config(options.recipe, experiment)
     run.write_json("environment.json", {"data": data.describe()})
-    run.checkpoints.save(0, task.model, {})
+    run.checkpoints.save(0, task.model.state_dict(), {})
     write_text(run.path / "conversion.txt", converted.report() + "\n")
     return run

@@ -32,6 +32,7 @@ def finish(trainer: Trainer, data: Data) -> dict[str, Any]:
 
     A task on a text gets what only a text has: baselines of compression, and a sample.
     """
+    trainer.stand_alone(data)
     experiment, task, run = trainer.experiment, trainer.task, trainer.run
     # here and not above: drawing is the last thing a run does, and matplotlib is slow to import
     from equilibria.diagnostics.plots import plot_run

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,41 @@ class RunFolder:
                 ) from error
             return RunFolder(path)
         raise UserError(f"{parent} is full of runs of this second; try again")
+
+    @staticmethod
+    def create_named(path: Path) -> RunFolder:
+        """Make a folder of this very name, which an attempt before may have made already.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the run folder {path} cannot be made ({error.strerror}); choose another place "
+                "with --train.folder"
+            ) from error
+        return RunFolder(path)
+
+    @contextmanager
+    def lock(self) -> Generator[None]:
+        """Keep other processes from training in this folder; ends with this process at the latest.
+
+        Raises:
+            UserError: one does already.
+        """
+        with self.config_file.open("rb") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is training in {self.path}; wait until it has ended, or stop "
+                    "it first"
+                ) from error
+            except OSError:
+                pass  # some network file systems have no locks
+            yield
 
     @staticmethod
     def open(path: Path) -> RunFolder:
