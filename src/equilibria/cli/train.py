@@ -88,7 +88,11 @@ def worker(arguments: list[str]) -> int:
             nobody = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(nobody))
             stack.enter_context(redirect_stderr(nobody))
-        return equilibria(["train", *arguments])
+        code = equilibria(["train", *arguments])
+    if code >= 128:
+        # Asked to stop: the launcher, who was asked, too, no longer waits for what is returned.
+        sys.exit(code)
+    return code
 
 
 def _train(plan: Plan, engine: Engine) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from equilibria.core.errors import UserError
 from equilibria.tasks.task import Share
-from equilibria.train.launch import is_launched
+from equilibria.train.launch import is_launched, join_attempt
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -169,6 +169,7 @@ def start_engine(
 
         kind = ModelParallelStrategy(_sharded, devices * nodes, 1)
     try:
+        join_attempt(device)
         fabric = Fabric(accelerator=device.type, devices=devices, num_nodes=nodes, strategy=kind)
         fabric.launch()
     except (ValueError, RuntimeError) as error:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from equilibria.core.errors import UserError
 
 Entry = Callable[[list[str]], int]
@@ -33,6 +35,27 @@ def run_name(recipe: str) -> str | None:
         return name
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if launch == "none" else f"{recipe}-{launch}"
+
+
+def join_attempt(device: torch.device) -> None:
+    """Meet the processes of this attempt, and none of an earlier one.
+
+    PyTorch's launcher keeps one store for all attempts, and in it the addresses of processes that
+    are dead: whoever is early finds those and cannot connect (seen with 2.13, one time in two).
+    """
+    stored = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not stored or torch.distributed.is_initialized():
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(host, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=torch.distributed.PrefixStore(f"equilibria/attempt-{attempt}", store),  # pyright: ignore[reportPrivateImportUsage]
+        rank=rank,
+        world_size=num_processes,
+    )
 
 
 def launch(
