@@ -32,7 +32,10 @@ def test_kills_leave_the_run_as_if_nothing_had_happened(
     cli: Any, tiny: list[str], tmp_path: Path, start_process: Any, background: bool
 ) -> None:
     """A checkpoint at every step, so that most kills hit one that is being written."""
-    options = [*tiny, *OFTEN, "--train.save-in-background", str(background)]
+    background_option = (
+        "--train.save-in-background" if background else "--train.no-save-in-background"
+    )
+    options = [*tiny, *OFTEN, background_option]
     assert cli("train", *options, "--train.folder", tmp_path / "straight").code == 0
     (straight,) = (tmp_path / "straight").iterdir()
     moments = random.Random(5)
