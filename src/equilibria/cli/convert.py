@@ -1,4 +1,4 @@
-"""`equilibria convert`: bring weights of the first public DEQ code into ours."""
+"""`equilibria convert`: bring weights of the first public DEQ code, or torchdeq's, into ours."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         ConvertOptions(),
         given,
         prog="equilibria convert CHECKPOINT",
-        description="Read weights published for locuslab/deq (.pkl or .pth).",
+        description="Read language models of locuslab/deq (.pkl or .pth) or of torchdeq's "
+        "collection (--recipe wt103-torchdeq).",
     )
     if source is None:
         raise UserError("give the checkpoint to convert: equilibria convert CHECKPOINT [options]")
