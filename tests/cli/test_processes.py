@@ -137,6 +137,8 @@ def test_two_trainings_do_not_share_a_folder(launched: Any, cli: Any) -> None:
     process, runs = launched(100_000)
     wait_for(lambda: max(steps(runs), default=0) >= 3, process)
     (run,) = runs.iterdir()
+    before = steps(runs)
     second = cli("train", "--resume", run, "--devices", 1)
     assert second.code == 2
     assert "another process is training in" in second.err
+    assert steps(runs)[: len(before)] == before

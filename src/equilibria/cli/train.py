@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import cast
@@ -96,8 +96,8 @@ def worker(arguments: list[str]) -> int:
 
 
 def _train(plan: Plan, engine: Engine) -> int:
-    data, trainer = _prepared(plan, engine)
-    with trainer.run.lock() if engine.is_main else nullcontext():
+    with ExitStack() as stack:
+        data, trainer = _prepared(plan, engine, stack)
         try:
             exit_code = trainer.fit()
             if not engine.is_main:
@@ -119,8 +119,10 @@ def _train(plan: Plan, engine: Engine) -> int:
     return 0
 
 
-def _prepared(plan: Plan, engine: Engine) -> tuple[Data, Trainer]:
+def _prepared(plan: Plan, engine: Engine, stack: ExitStack) -> tuple[Data, Trainer]:
     """Data and trainer in all processes, or an error in all of them.
+
+    The run folder is locked until the stack is closed.
 
     Raises:
         UserError: something is wrong here, or in another process.
@@ -129,7 +131,11 @@ def _prepared(plan: Plan, engine: Engine) -> tuple[Data, Trainer]:
     try:
         data = plan.experiment.data.load()
         task = plan.experiment.build_task(data)
-        run = _run_folder(plan, data, task, engine) if engine.is_main else None
+        run = None
+        if engine.is_main:
+            run = _run_folder(plan, data, task, engine)
+            stack.enter_context(run.lock())
+            run.remove_leftovers()
         made = data, task, run
     except UserError as error:
         failure = error

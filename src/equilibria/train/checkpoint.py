@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from equilibria.core.errors import UserError
-from equilibria.train.files import flush_folder, read_json, write_json
+from equilibria.train.files import flush_folder, read_json, remove_temporaries, write_json
 from equilibria.train.shards import load_weights
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -103,8 +103,7 @@ class CheckpointFolder:
     def save(self, step: int, weights: dict[str, Tensor], training: dict[str, Any]) -> Path:
         """Write a checkpoint beside the others and move it into place when it is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (*self.folder.glob(".writing-*"), *self.folder.glob(".former-*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self.remove_leftovers()
         temporary = self.folder / f".writing-{step:08d}"
         temporary.mkdir()
         try:
@@ -120,6 +119,12 @@ class CheckpointFolder:
             raise
         flush_folder(self.folder)
         return self.path(step)
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed process was about to write."""
+        for leftover in (*self.folder.glob(".writing-*"), *self.folder.glob(".former-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        remove_temporaries(self.folder / _BEST)
 
     def _put_in_place(self, complete: Path, target: Path) -> None:
         """Rename a complete checkpoint; one of the same step makes way only for the new one."""

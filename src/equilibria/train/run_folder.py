@@ -15,7 +15,7 @@ from equilibria.core.errors import UserError, nearest
 from equilibria.train.checkpoint import CheckpointFolder
 from equilibria.train.config_file import to_json
 from equilibria.train.experiment import Experiment
-from equilibria.train.files import read_json, write_json, write_text
+from equilibria.train.files import read_json, remove_temporaries, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,13 @@ class RunFolder:
     @property
     def checkpoints(self) -> CheckpointFolder:
         return CheckpointFolder(self.path / "checkpoints")
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed process was about to write; for whoever holds the lock."""
+        names = ("config.json", "environment.json", "vocabulary.json", "summary.json")
+        for name in (*names, self.metrics_file.name):
+            remove_temporaries(self.path / name)
+        self.checkpoints.remove_leftovers()
 
     def write_config(self, recipe: str, experiment: Experiment) -> None:
         """Record the recipe's name and the resolved configuration."""
