@@ -57,6 +57,7 @@ QUEUE = (
     Entry("overhead", 4, "overhead of a solver step"),
     Entry("training_step", 8, "training step at equal tolerance and at equal residual"),
     Entry("wt103_block", 8, "WikiText-103-size block in bfloat16 and float32, solver over f", GPU),
+    Entry("wt103_training", 6, "whole WikiText-103 models: tokens per second, memory", GPU),
     Entry("tiny_and_mdeq", 12, "tanh cell and MDEQ block over the batch, cells compiled", GPU),
     Entry("mixed_difficulty", 2, "batches whose samples converge at different steps"),
     Entry("cuda_graphs", 5, "solves of fixed steps, compiled and captured", GPU),

@@ -36,6 +36,8 @@ ADAPTIVE: dict[str, Any] = {
         ("wt103-torchdeq", WT103, 97.57e6, 71.1e6, (98e6, None)),
         # Of arXiv 1909.01377, table 3: 138M (4.5M).
         ("wt103-deq-transformer-small", WT103, 138.6e6, 4.5e6, (138e6, 4.5e6)),
+        # Table 2: 24M; widths of the public TrellisNet.
+        ("ptb-trellisnet", 10_000, 24.19e6, 20.2e6, (24e6, None)),
         # 180M (45M) there: 3 % more than by our count, and 11 % in the cell. What the published
         # number counts besides convolution, injection and embedding is not known.
         ("wt103-deq-trellisnet", WT103, 174.1e6, 40.0e6, (180e6, 45e6)),
