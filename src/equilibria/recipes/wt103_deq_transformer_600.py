@@ -1,7 +1,8 @@
 """WikiText-103 DEQ-Transformer of width 600, the smaller example of the first public code.
 
 Published are the width and the 20 thousand steps of shallow pre-training, and no perplexity;
-everything else is that of wt103-deq-transformer, with ten heads of 60. 83M parameters. Not run here.
+everything else is that of wt103-deq-transformer, with ten heads of 60: 83M parameters. Not run
+here.
 """
 
 from dataclasses import replace
