@@ -1,8 +1,8 @@
 """WikiText-103 DEQ-Transformer medium with adaptive embedding: 110M parameters, the block 70M.
 
 Published: 23.2 test perplexity (arXiv 1909.01377, table 3); Transformer-XL of eighteen layers and
-110M 23.6. The widths are not published: 1,024 gives the published embedding, and a feed-forward layer of
-30,100 the published block. Everything else is that of wt103-deq-transformer. Not run here.
+110M 23.6. The widths are not published: 1,024 gives the published embedding, and a feed-forward
+layer of 30,100 the published block. Everything else is that of wt103-deq-transformer. Not run here.
 """
 
 from dataclasses import replace
