@@ -60,7 +60,12 @@ QUEUE = (
     Entry("wt103_training", 6, "whole WikiText-103 models: tokens per second, memory", GPU),
     Entry("tiny_and_mdeq", 12, "tanh cell and MDEQ block over the batch, cells compiled", GPU),
     Entry("mixed_difficulty", 2, "batches whose samples converge at different steps"),
-    Entry("cuda_graphs", 5, "solves of fixed steps, compiled and captured", GPU),
+    Entry(
+        "cuda_graphs",
+        5,
+        "solves of fixed steps, compiled and captured; blocks replayed to a tolerance",
+        GPU,
+    ),
     Entry("bf16_history", 2, "history in bfloat16: time and memory", GPU),
     Entry("memory", 3, "peak memory over steps and history"),
     Entry("scaling", 6, "cost over batch, length, width and steps"),
