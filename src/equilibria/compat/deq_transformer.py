@@ -98,6 +98,11 @@ def convert_ends(old: OldTensors, weights: dict[str, Tensor]) -> tuple[bool, dic
     """
     embeddings = _numbered(old, "word_emb.emb_layers.{}.weight")
     projections = _numbered(old, "word_emb.emb_projs.{}.weight")
+    if projections and len(projections) != len(embeddings):
+        raise UserError(
+            f"the embedding has {len(embeddings)} clusters and {len(projections)} projections; the "
+            "checkpoint is damaged or belongs to another model"
+        )
     options: dict[str, Any] = {
         "cutoffs": _cutoffs(embeddings, old),
         "d_embed": embeddings[0].shape[1],
