@@ -216,9 +216,14 @@ class Task(ABC):
 
 def chunks(tensors: Sequence[Tensor], num_chunks: int) -> Iterator[tuple[Tensor, ...]]:
     """Rows of all tensors in as many parts, whose sizes differ by at most one."""
-    if num_chunks > len(tensors[0]):
-        raise UserError(
-            f"{len(tensors[0])} rows of a process cannot be cut into {num_chunks} chunks; give "
-            "fewer train.batch_chunks, or a larger task.batch_size"
-        )
+    check_chunks(len(tensors[0]), num_chunks)
     yield from zip(*(tensor.tensor_split(num_chunks) for tensor in tensors), strict=True)
+
+
+def check_chunks(num_rows: int, num_chunks: int) -> None:
+    """Raise UserError where a chunk would be empty."""
+    if num_chunks > num_rows:
+        raise UserError(
+            f"{num_rows} rows of a process cannot be cut into {num_chunks} chunks; give fewer "
+            "train.batch_chunks, or a larger task.batch_size"
+        )

@@ -15,7 +15,7 @@ from equilibria.data.segments import Segment, TrainingSegments, evaluation_segme
 from equilibria.models.config import ModelConfig
 from equilibria.tasks.copy_memory import CopyMemory, CopyMemoryConfig, CopySource
 from equilibria.tasks.language_modeling import LanguageModeling, LanguageModelingConfig
-from equilibria.tasks.task import Split, Task, TaskConfig
+from equilibria.tasks.task import Share, Split, Task, TaskConfig, check_chunks
 from equilibria.train.engine import Strategy
 from equilibria.train.optimizers import OptimizerConfig
 
@@ -167,6 +167,10 @@ class Experiment:
                 f"pretrain_steps={self.task.pretrain_steps}, but {type(self.model).__name__} is "
                 "an explicit model without an equilibrium to unroll; set it to 0"
             )
+
+        num_processes = self.train.devices * self.train.nodes
+        rows = Share(0, num_processes).rows(self.task.batch_size)
+        check_chunks(rows.stop, self.train.batch_chunks)
 
     def build_task(self, data: Data) -> Task:
         """Make model and task with everything drawn from the seed.

@@ -47,7 +47,6 @@ class Trainer:
         self.run = run
         self.engine = engine or Engine(experiment.train.torch_device())
         task.share = self.engine.share
-        task.share.rows(experiment.task.batch_size)  # an error comes before the first step
         task.distributed = self.engine.distribute(task.model)
         self.engine.seed(experiment.seed)
         self.optimizer = experiment.optimizer.build(task.model.parameters())
