@@ -85,6 +85,7 @@ def main(config_file: str, folder: str) -> None:
         train = options["train"]
         engine = start_engine(torch.device("cpu"), train["devices"], 1, train["strategy"])
         run(Path(folder), name, options, engine)
+    torch.distributed.destroy_process_group()  # or its threads may abort the process at its end
 
 
 if __name__ == "__main__":
