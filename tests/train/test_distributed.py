@@ -128,6 +128,15 @@ def test_two_processes_equal_one(two: Path, tmp_path: Path, name: str) -> None:
     assert_same_run(two / name, alone(tmp_path, name, case), but=differing_solves())
 
 
+@pytest.mark.slow
+def test_four_processes_equal_one(tmp_path: Path) -> None:
+    """A row each."""
+    launch(tmp_path, 4, {name: CASES[name] for name in ("ddp", "fsdp")})
+    straight = alone(tmp_path, "straight", {})
+    for name in ("ddp", "fsdp"):
+        assert_same_run(tmp_path / name, straight, but=differing_solves())
+
+
 def test_all_processes_decide_alike_on_the_penalty(two: Path, tmp_path: Path) -> None:
     """Its probes differ, whether it applies does not."""
     straight = curves(alone(tmp_path, "penalty", CASES["penalty"]))
