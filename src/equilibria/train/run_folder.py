@@ -27,6 +27,7 @@ class RunFolder:
     vocabulary.json  symbols of the token ids
     metrics.jsonl    one record per line
     summary.json     final figures
+    solves.json      histograms of evaluations and residuals; equilibrium models only
     checkpoints/     weights and training state
     tensorboard/     the same metrics as events
     plots/           PNG pictures

@@ -14,6 +14,7 @@ from torch import Tensor
 from equilibria.core.solution import Solution
 from equilibria.tasks.task import Phase, StepLoss
 
+_BINS_PER_DECADE = 8
 _KEPT_STEPS = 1000
 """Equilibrium steps over which the closing percentiles are taken; bounds memory."""
 
@@ -231,6 +232,12 @@ class SolveStatistics:
             return None
         return summarize_solves(torch.cat(list(self._num_evals)), torch.cat(list(self._residuals)))
 
+    def histograms(self) -> dict[str, Any] | None:
+        """How often which count and residual occurred, None before the first equilibrium step."""
+        if not self._num_evals:
+            return None
+        return solve_histograms(torch.cat(list(self._num_evals)), torch.cat(list(self._residuals)))
+
 
 def _moved(value: Any, device: torch.device) -> Any:
     """A saved sum with its tensors, in lists or in dictionaries of lists, on a device."""
@@ -246,6 +253,29 @@ def summarize_solves(num_evals: Tensor, residuals: Tensor) -> dict[str, dict[str
     return {
         "num_evals": _mean_and_p95(num_evals.double()),
         "relative_residual": _mean_and_p95(residuals.double()),
+    }
+
+
+def solve_histograms(num_evals: Tensor, residuals: Tensor) -> dict[str, Any]:
+    """Every count of evaluations, and residuals by eighths of a decade, with their samples.
+
+    Residuals that are zero or not finite have no place on a logarithmic axis and are counted
+    apart, so that no sample is lost.
+    """
+    counts, samples = num_evals.long().unique(return_counts=True)
+    values = residuals.double()
+    drawable = values[values.isfinite() & (values > 0)]
+    bins = (drawable.log10() * _BINS_PER_DECADE).floor().long()
+    places, in_bin = bins.unique(return_counts=True)
+    return {
+        "num_evals": {"values": counts.tolist(), "samples": samples.tolist()},
+        "relative_residual": {
+            "bins_per_decade": _BINS_PER_DECADE,
+            "bins": places.tolist(),
+            "samples": in_bin.tolist(),
+            "num_zero": int((values == 0).sum()),
+            "num_not_finite": int((~values.isfinite()).sum()),
+        },
     }
 
 
