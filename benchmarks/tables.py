@@ -96,6 +96,29 @@ def _corpus(result: dict[str, Any]) -> str:
     return _table(columns, rows)
 
 
+def _generation(result: dict[str, Any]) -> str:
+    """A row per model and length; times of others over those with a cache."""
+    ways = {"memory": "projected anew", "recomputed": "read again", "cached, 16 texts": "16 texts"}
+    columns = ["recipe", "tokens read", "cached, ms", *ways.values()]
+    columns += ["evaluations cached / read again / from the last", "difference, nats"]
+    rows: list[list[str]] = []
+    for row in result["rows"]:
+        ratios = [f"{row['ratios'][f'{way} / cached']['median']:.2g}" for way in ways]
+        evals = row["num_evals"]
+        shown = "-" if evals is None else " / ".join(f"{value:.1f}" for value in evals.values())
+        rows.append(
+            [
+                f"`{row['name']}`",
+                f"{row['length']:,}",
+                f"{row['milliseconds']['cached']['median']:.3g}",
+                *ratios,
+                shown,
+                f"{row['difference']:.1e}",
+            ]
+        )
+    return _table(columns, rows)
+
+
 def main() -> None:
     """Regenerate the pages, or compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -721,6 +744,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "copy memory": _copy_memory,
         "words": _words,
         "causal solves": _measured("causal_solves", causal_solves),
+        "generation": _measured("generation", _generation),
     },
 }
 

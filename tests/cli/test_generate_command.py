@@ -39,3 +39,23 @@ def test_a_long_prompt_is_read_as_far_as_the_memory_goes(cli: Any, finished: Any
     result = cli("generate", finished.path, "--prompt", prompt, "--num-tokens", 5)
     assert result.code == 0, result.err
     assert result.out.startswith(prompt)
+
+
+def test_several_prompts_are_continued_together(cli: Any, finished: Any) -> None:
+    one = cli("generate", finished.path, "--prompt", "the", "--num-tokens", 8)
+    both = cli("generate", finished.path, "--prompt", "the", "a cow", "--num-tokens", 8)
+    assert both.code == 0, both.err
+    first, second = both.out.split("-" * 20 + "\n")
+    assert first == one.out
+    assert second.startswith("a cow")
+    assert "per token: function evaluations mean" in both.err
+
+
+def test_a_text_stops_where_it_is_told(cli: Any, finished: Any) -> None:
+    options = ["--prompt", "the", "--num-tokens", 300, "--temperature", 2, "--top-p", 0.99]
+    result = cli("generate", finished.path, *options, "--stop", "z")
+    assert result.code == 0, result.err
+    assert result.out.index("z") == len(result.out) - 2
+    wrong = cli("generate", finished.path, *options, "--stop", "ow")
+    assert wrong.code == 2
+    assert "--stop 'ow' is 2 tokens of this vocabulary; give exactly one" in wrong.err

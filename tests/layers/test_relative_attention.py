@@ -11,6 +11,7 @@ from torch import Tensor
 from equilibria.layers.relative_attention import (
     future_mask,
     relative_attention,
+    relative_attention_of_next,
     relative_shift,
     sinusoids,
 )
@@ -141,3 +142,16 @@ def test_sinusoids_of_near_positions_do_not_depend_on_how_many_there_are() -> No
     """The last rows are the small distances, so a longer memory only adds rows in front."""
     like = torch.empty(0)
     assert torch.equal(sinusoids(50, 8, like)[-10:], sinusoids(10, 8, like))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("memory", [0, 1, 6])
+def test_attention_of_the_next_position_copies_nothing_and_is_the_same(
+    memory: int, window: int | None
+) -> None:
+    q, k, v, *about = _arguments(batch=2, heads=3, queries=1, memory=memory, width=4)
+    future = future_mask(1, memory + 1, torch.device("cpu"), window)
+    found = relative_attention_of_next(
+        q, k[:, :, -1:], v[:, :, -1:], k[:, :, :-1], v[:, :, :-1], *about, future
+    )
+    torch.testing.assert_close(found, relative_attention(q, k, v, *about, future))

@@ -845,13 +845,13 @@ def test_users_pretrain_unrolled_and_go_on_with_equilibria(x: Tensor) -> None:
 
 
 def test_users_generate_with_kept_keys_and_values() -> None:
-    """A new token is a solve of one position; what it attends to is projected once per solve."""
+    """A new token is a solve of one position; what it attends to is projected once."""
     sizes: list[tuple[int, int]] = []
     model = DEQTransformerConfig(d_model=8, num_heads=2, d_inner=16).build(5).double()
 
     def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         z, injection = arguments
-        sizes.append((z.shape[1], injection.memory_k.shape[1]))
+        sizes.append((z.shape[1], injection.memory_k.shape[2]))
 
     model.cell.register_forward_pre_hook(note)
     generate(model, torch.tensor([3, 1, 4]), 10, SamplingConfig(num_tokens=3))

@@ -33,6 +33,8 @@ def relative_shift(scores_BHLK: Tensor) -> Tensor:
     meaningless and must be masked.
     """
     *lead, num_queries, num_keys = scores_BHLK.shape
+    if num_queries == 1:
+        return scores_BHLK  # in order already
     padded = F.pad(scores_BHLK, (1, 0))
     return padded.reshape(*lead, num_keys + 1, num_queries)[..., 1:, :].reshape(
         *lead, num_queries, num_keys
@@ -80,3 +82,30 @@ def relative_attention(
         return F.scaled_dot_product_attention(query, k_BHKE, v_BHKE, attn_mask=bias, scale=scale)
     weights = (query @ k_BHKE.transpose(-1, -2) * scale + bias).softmax(-1)
     return (weights * weight_mask_BHLK) @ v_BHKE
+
+
+def relative_attention_of_next(
+    q_BHLE: Tensor,
+    k_BHLE: Tensor,
+    v_BHLE: Tensor,
+    past_k_BHME: Tensor,
+    past_v_BHME: Tensor,
+    position_HKE: Tensor,
+    content_bias_HE: Tensor,
+    position_bias_HE: Tensor,
+    hidden_LK: Tensor,
+) -> Tensor:
+    """The same for one new position (L = 1) after M others, which are not copied (K = M + 1).
+
+    Where keys and values of a text stay and those of one position change from evaluation to
+    evaluation, putting them in one tensor costs more than the attention.
+    """
+    scale = 1.0 / math.sqrt(q_BHLE.shape[-1])
+    query = (q_BHLE + content_bias_HE.unsqueeze(1)) * scale
+    by_content = torch.cat(
+        (query @ past_k_BHME.transpose(-1, -2), (query * k_BHLE).sum(-1, keepdim=True)), dim=-1
+    )
+    # One query has its distances in the order of its keys, so that nothing is to be shifted.
+    by_distance = (q_BHLE + position_bias_HE.unsqueeze(1)) * scale @ position_HKE.transpose(-1, -2)
+    weights = (by_content + by_distance).masked_fill(hidden_LK, -torch.inf).softmax(-1)
+    return weights[..., :-1] @ past_v_BHME + weights[..., -1:] * v_BHLE

@@ -20,12 +20,26 @@ from torch import Tensor, nn
 
 from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
+from equilibria.core.solution import Solution
 from equilibria.deq import Cell
-from equilibria.layers.relative_attention import future_mask, relative_attention, sinusoids
+from equilibria.layers.relative_attention import (
+    future_mask,
+    relative_attention,
+    relative_attention_of_next,
+    sinusoids,
+)
 from equilibria.layers.variational_dropout import dropout_mask, variational_mask
 from equilibria.models.config import SolveConfig
+from equilibria.models.decoding import Prediction
 from equilibria.models.output import LanguageModelOutput
 from equilibria.models.transformer import TransformerConfig, TransformerEnds
+from equilibria.models.transformer_cache import (
+    Constants,
+    KeyValues,
+    TextCache,
+    Weights,
+    positions_kept,
+)
 from equilibria.normalizations.weight_norm import add_weight_norm
 
 
@@ -60,15 +74,6 @@ class Past(NamedTuple):
     kv_injection: Tensor | None
 
 
-class _Weights(NamedTuple):
-    """The effective weights of the block, after weight norm; functions of parameters only."""
-
-    qkv: Tensor
-    output: Tensor
-    expand: Tensor
-    contract: Tensor
-
-
 class _Masks(NamedTuple):
     """Variational dropout masks of one solve; None where nothing is dropped."""
 
@@ -83,10 +88,12 @@ class Injection(NamedTuple):
 
     qkv: Tensor | None
     memory_k: Tensor
+    """(B, H, M, E), as memory_v."""
     memory_v: Tensor
     position_HKE: Tensor
     future_LK: Tensor
-    weights: _Weights
+    """Of texts of different lengths (B, 1, L, K)."""
+    weights: Weights
     masks: _Masks
 
 
@@ -125,31 +132,43 @@ class DEQTransformerCell(Cell):
             for layer in (self.qkv, self.output, self.expand, self.contract):
                 add_weight_norm(layer)
 
-    def inject(self, x: Tensor, memory: Memory | Past | None = None) -> Injection:
-        """Project input (B, L, D) and memory, place positions, draw masks; once per solve."""
-        weights = _Weights(
-            self.qkv.weight, self.output.weight, self.expand.weight, self.contract.weight
-        )
+    def inject(
+        self,
+        x: Tensor,
+        memory: Memory | Past | KeyValues | None = None,
+        constants: Constants | None = None,
+    ) -> Injection:
+        """Project input (B, L, D) and memory, place positions, draw masks; once per solve.
+
+        Args:
+            x: input.
+            memory: what came before, projected already where it is `KeyValues`.
+            constants: of at least as many keys as there are, made before; not for training.
+        """
+        weights = self._weights() if constants is None else constants.weights
         if memory is None:
             memory = self._nothing(x)
         memory_k, memory_v = self._memory_kv(memory, weights)
         length = x.shape[1]
-        num_keys = memory.z.shape[1] + length
+        num_keys = memory_k.shape[2] + length
         config = self.config
-        distances = sinusoids(num_keys, config.d_model, x)
-        if self.training and config.position_dropout:
-            distances = distances * dropout_mask(x, distances.shape, config.position_dropout)
-        position = self.position(distances)
+        if constants is None:
+            position_HKE = self._positions(num_keys, x)
+        else:
+            position_HKE = constants.position_HKE[:, constants.num_keys - num_keys :]
         weights_mask = None
         if self.training and config.attention_dropout:
             shape = (x.shape[0], config.num_heads, length, num_keys)
             weights_mask = dropout_mask(x, shape, config.attention_dropout)
+        future_LK = future_mask(length, num_keys, x.device, config.attention_window)
+        if isinstance(memory, KeyValues) and memory.hidden is not None:
+            future_LK = future_LK | memory.hidden
         return Injection(
             qkv=None if self.injection is None else self.injection(x),
             memory_k=memory_k,
             memory_v=memory_v,
-            position_HKE=position.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1),
-            future_LK=future_mask(length, num_keys, x.device, config.attention_window),
+            position_HKE=position_HKE,
+            future_LK=future_LK,
             weights=weights,
             masks=_Masks(
                 self._mask(x, self.config.d_model),
@@ -158,6 +177,24 @@ class DEQTransformerCell(Cell):
                 weights_mask,
             ),
         )
+
+    def constants(self, num_keys: int, like: Tensor) -> Constants:
+        """What `inject` can be spared as long as the parameters stay as they are."""
+        return Constants(self._weights(), self._positions(num_keys, like))
+
+    def _weights(self) -> Weights:
+        return Weights(
+            self.qkv.weight, self.output.weight, self.expand.weight, self.contract.weight
+        )
+
+    def _positions(self, num_keys: int, like: Tensor) -> Tensor:
+        """Embedded and projected distances (H, K, E), the longest first."""
+        distances = sinusoids(num_keys, self.config.d_model, like)
+        if self.training and self.config.position_dropout:
+            mask = dropout_mask(like, distances.shape, self.config.position_dropout)
+            distances = distances * mask
+        position = self.position(distances)
+        return position.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1)
 
     def initial_state(self, injection: Injection) -> Tensor:
         """Zeros (B, L, D), in the precision of the parameters, whatever autocast computes in."""
@@ -179,6 +216,7 @@ class DEQTransformerCell(Cell):
             qkv=_injected(injection.qkv)[rows],
             memory_k=injection.memory_k[rows],
             memory_v=injection.memory_v[rows],
+            future_LK=_of_rows(injection.future_LK, rows),
             masks=_Masks(*(None if mask is None else mask[rows] for mask in injection.masks)),
         )
 
@@ -203,28 +241,37 @@ class DEQTransformerCell(Cell):
             last_positions(old_z, z, length), last_positions(old_injection, kv_injection, length)
         )
 
-    def _memory_kv(self, memory: Memory | Past, weights: _Weights) -> Sequence[Tensor]:
-        """Keys and values (B, M, D) of a memory."""
+    def _memory_kv(
+        self, memory: Memory | Past | KeyValues, weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, M, E) of a memory."""
+        if isinstance(memory, KeyValues):
+            return memory.k, memory.v
         kv = F.linear(self._normalised(memory.z, "pre"), weights.qkv[self.config.d_model :])
         if memory.kv_injection is not None:
             kv = kv + memory.kv_injection
-        return kv.chunk(2, dim=-1)
+        k, v = kv.chunk(2, dim=-1)
+        return self._heads(k), self._heads(v)
+
+    def key_values(self, z: Tensor, injection: Injection) -> KeyValues:
+        """Keys and values of the positions of a segment (B, L, D) that has been solved."""
+        qkv = injection.qkv
+        past = Past(z, None if qkv is None else qkv[..., self.config.d_model :])
+        return KeyValues(*self._memory_kv(past, injection.weights))
 
     def _attend(self, z: Tensor, injection: Injection) -> Tensor:
         qkv = F.linear(z, injection.weights.qkv)
         if injection.qkv is not None:
             qkv = qkv + injection.qkv
-        q, k, v = qkv.chunk(3, dim=-1)
-        attended = relative_attention(
-            self._heads(q),
-            self._heads(torch.cat((injection.memory_k, k), dim=1)),
-            self._heads(torch.cat((injection.memory_v, v), dim=1)),
-            injection.position_HKE,
-            self.content_bias,
-            self.position_bias,
-            injection.future_LK,
-            injection.masks.weights_BHLK,
-        )
+        q, k, v = map(self._heads, qkv.chunk(3, dim=-1))
+        past_k, past_v = injection.memory_k, injection.memory_v
+        about = (injection.position_HKE, self.content_bias, self.position_bias, injection.future_LK)
+        dropped = injection.masks.weights_BHLK
+        if z.shape[1] == 1 and dropped is None:
+            attended = relative_attention_of_next(q, k, v, past_k, past_v, *about)
+        else:
+            k, v = _after(past_k, k), _after(past_v, v)
+            attended = relative_attention(q, k, v, *about, dropped)
         heads = attended.transpose(1, 2).flatten(2)
         return F.linear(heads, injection.weights.output, self.output.bias)
 
@@ -278,6 +325,39 @@ class DEQTransformer(TransformerEnds):
         hidden = self.dropout(solution.z)
         return LanguageModelOutput.of(hidden, self.softmax, targets, remembered, solution)
 
+    def prefill(self, tokens: Tensor, memory_length: int) -> Prediction:
+        """Read prompts (B, L) by one solve; see models/decoding.py."""
+        x = self.embed(tokens)
+        constants = self.cell.constants(tokens.shape[1], x)
+        injection = self.cell.inject(x, None, constants)
+        solution = self.deq.solve(injection)
+        kept = positions_kept(memory_length, self.config.attention_window)
+        key_values = self.cell.key_values(solution.z, injection).last(kept)
+        return self._predicted(solution, TextCache((key_values,), (constants,), kept))
+
+    def step(self, tokens: Tensor, cache: TextCache) -> Prediction:
+        """Read one more token of every text (B,): an equilibrium of one position.
+
+        From the initial state: the equilibrium of the position before is no better a start
+        (docs/language-models.md).
+        """
+        x = self.embed(tokens.unsqueeze(1))
+        cache = cache.with_room(lambda num_keys: (self.cell.constants(num_keys, x),))
+        injection = self.cell.inject(x, cache.layers[0], cache.constants[0])
+        solution = self.deq.solve(injection)
+        new = self.cell.key_values(solution.z, injection)
+        layers = (cache.layers[0].append(new, cache.memory_length),)
+        return self._predicted(solution, cache._replace(layers=layers))
+
+    def join(self, caches: Sequence[TextCache]) -> TextCache:
+        """One batch of several."""
+        return TextCache.join(caches)
+
+    def _predicted(self, solution: Solution, cache: TextCache) -> Prediction:
+        """Logits of the last position only: those of a whole prompt are many."""
+        hidden = self.dropout(cast(Tensor, solution.z)[:, -1:])
+        return Prediction(self.softmax.log_probabilities(hidden)[:, 0], cache, solution)
+
     def memory_from(self, tensors: Sequence[Tensor]) -> Memory:
         """Rebuild a memory from its tensors, in the order in which it iterates.
 
@@ -306,6 +386,19 @@ def last_positions(old: Tensor | None, new: Tensor, length: int) -> Tensor:
     # Contiguous: a view would keep the whole of both segments alive, and a memory read back from a
     # checkpoint, which has other strides, could give other last digits.
     return whole[:, start:].contiguous()
+
+
+def _after(past_BHME: Tensor, new_BHLE: Tensor) -> Tensor:
+    """Heads of keys or values (B, H, K, E) with the past in front, in memory position by position.
+
+    In that order as the projections leave them, so that what is copied is copied in one piece.
+    """
+    return torch.cat((past_BHME.transpose(1, 2), new_BHLE.transpose(1, 2)), dim=1).transpose(1, 2)
+
+
+def _of_rows(future: Tensor, rows: Tensor) -> Tensor:
+    """Of some sequences, where the mask differs between them."""
+    return future[rows] if future.dim() == 4 else future
 
 
 def _injected(qkv: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from equilibria.core.linear import LinearResult
 from equilibria.core.parameters import check_positive_integer
 from equilibria.core.solution import Solution
 from equilibria.models.config import SolveConfig
+from equilibria.models.decoding import Prediction
 from equilibria.models.output import LanguageModelOutput
 from equilibria.models.trellis_cell import Memory, State, TrellisCell, TrellisConfig, last_position
 from equilibria.models.trellis_ends import TrellisEnds
@@ -88,16 +89,60 @@ class DEQTrellisNet(TrellisEnds):
                 several.
         """
         x = self.embed(tokens)
+        solutions, memory = self._solved(x, memory, settings, trace)
+        h = torch.cat([cast(State, solution.z)[0] for solution in solutions], dim=1)
+        kept = Memory(*(t.detach() for t in memory)) if memory_length else ()
+        return LanguageModelOutput.of(
+            self.output_of(h), self.softmax, targets, kept, joined(solutions)
+        )
+
+    def prefill(self, tokens: Tensor, memory_length: int) -> Prediction:
+        """Read prompts (B, L) by one solve; one position is kept, whatever `memory_length`."""
+        x = self.embed(tokens)
+        solutions, memory = self._solved(x, None)
+        return self._predicted(memory, self.cell.convolution.weight, joined(solutions))
+
+    def step(self, tokens: Tensor, cache: DEQTrellisCache) -> Prediction:
+        """Read one more token of every text (B,): an equilibrium of one position."""
+        x = self.embed(tokens.unsqueeze(1))
+        solution = self.deq.solve(self.cell.inject_next(x, cache.memory, cache.weight))
+        return self._predicted(last_position(cast(State, solution.z), x), cache.weight, solution)
+
+    def join(self, caches: Sequence[DEQTrellisCache]) -> DEQTrellisCache:
+        """One batch of several."""
+        memory = Memory(*map(torch.cat, zip(*(cache.memory for cache in caches), strict=True)))
+        return DEQTrellisCache(memory, caches[0].weight)
+
+    def _predicted(self, memory: Memory, weight: Tensor, solution: Solution) -> Prediction:
+        """Logits of the last position only."""
+        logits = self.softmax.log_probabilities(self.output_of(memory.h))[:, 0]
+        return Prediction(logits, DEQTrellisCache(memory, weight), solution)
+
+    def _solved(
+        self,
+        x: Tensor,
+        memory: Memory | None,
+        settings: SolveSettings | None = None,
+        trace: bool = False,
+    ) -> tuple[list[Solution], Memory]:
+        """Solve part after part; the solutions, and the end of the last with its graph."""
         solutions: list[Solution] = []
         for part in x.split(self._subsequence_length or x.shape[1], dim=1):
             injection = self.cell.inject(part, memory)
             solutions.append(self.deq.solve(injection, settings=settings, trace=trace))
             memory = last_position(cast(State, solutions[-1].z), part)
-        h = torch.cat([cast(State, solution.z)[0] for solution in solutions], dim=1)
-        kept = Memory(*(t.detach() for t in memory)) if memory and memory_length else ()
-        return LanguageModelOutput.of(
-            self.output_of(h), self.softmax, targets, kept, joined(solutions)
-        )
+        return solutions, cast(Memory, memory)
+
+
+class DEQTrellisCache(NamedTuple):
+    """The last position of every text, and the weight of the convolution, normalised."""
+
+    memory: Memory
+    weight: Tensor
+
+    def select(self, rows: Tensor) -> DEQTrellisCache:
+        """Of some texts only."""
+        return DEQTrellisCache(Memory(*(tensor[rows] for tensor in self.memory)), self.weight)
 
 
 def joined(parts: Sequence[Solution]) -> Solution:

@@ -22,6 +22,7 @@ from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
 from equilibria.layers.variational_dropout import check_dropout
 from equilibria.models.config import ModelConfig
+from equilibria.models.decoding import Prediction, Rows
 from equilibria.models.explicit import count_parameters, refuse_solve
 from equilibria.models.output import FullSoftmax, LanguageModelOutput
 
@@ -104,12 +105,34 @@ class Recurrent(nn.Module):
             trace: no effect, likewise.
         """
         refuse_solve(self, settings)
-        hidden, state = self.layers(self.dropout(self.embedding(tokens)), self._state(memory))
-        kept = cast(tuple[Tensor, ...], state if self.config.unit == "lstm" else (state,))
-        remembered = tuple(s.detach().transpose(0, 1).contiguous() for s in kept)
+        hidden, remembered = self._read(tokens, memory)
         softmax = FullSoftmax(self.output.weight, self.output.bias)
         memory = remembered if memory_length else ()
         return LanguageModelOutput.of(self.dropout(hidden), softmax, targets, memory)
+
+    def prefill(self, tokens: Tensor, memory_length: int) -> Prediction:
+        """Read prompts (B, L); the state is kept, whatever `memory_length`."""
+        return self._predicted(*self._read(tokens, None))
+
+    def step(self, tokens: Tensor, cache: Rows) -> Prediction:
+        """Read one more token of every text (B,)."""
+        return self._predicted(*self._read(tokens.unsqueeze(1), cache.tensors))
+
+    def join(self, caches: Sequence[Rows]) -> Rows:
+        """One batch of several."""
+        return Rows.join(caches)
+
+    def _predicted(self, hidden: Tensor, state: tuple[Tensor, ...]) -> Prediction:
+        """Logits of the last position only."""
+        return Prediction(self.output(self.dropout(hidden[:, -1])), Rows(state))
+
+    def _read(
+        self, tokens: Tensor, memory: Sequence[Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Hidden states (B, L, D) and the state after the last token, as a memory."""
+        hidden, state = self.layers(self.dropout(self.embedding(tokens)), self._state(memory))
+        kept = cast(tuple[Tensor, ...], state if self.config.unit == "lstm" else (state,))
+        return hidden, tuple(s.detach().transpose(0, 1).contiguous() for s in kept)
 
     def memory_from(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Rebuild a memory from its tensors (B, N, D).

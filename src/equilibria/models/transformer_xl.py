@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from equilibria.api import SolveSettings
 from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
+from equilibria.models.decoding import Prediction
 from equilibria.models.deq_transformer import (
     DEQTransformerCell,
     Injection,
@@ -34,6 +35,7 @@ from equilibria.models.deq_transformer import (
 from equilibria.models.explicit import refuse_solve
 from equilibria.models.output import LanguageModelOutput
 from equilibria.models.transformer import TransformerConfig, TransformerEnds
+from equilibria.models.transformer_cache import Constants, KeyValues, TextCache, positions_kept
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,42 @@ class TransformerXL(TransformerEnds):
         return LanguageModelOutput.of(
             hidden, self.softmax, targets, tuple(kept) if memory_length else ()
         )
+
+    def prefill(self, tokens: Tensor, memory_length: int) -> Prediction:
+        """Read prompts (B, L); see models/decoding.py."""
+        x = self.embed(tokens)
+        kept = positions_kept(memory_length, self.config.attention_window)
+        heads = x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+        nothing = KeyValues(heads[:, :, :0], heads[:, :, :0])
+        return self._read(
+            x,
+            TextCache((nothing,) * self.config.num_layers, self._constants(x.shape[1], x), kept),
+        )
+
+    def step(self, tokens: Tensor, cache: TextCache) -> Prediction:
+        """Read one more token of every text (B,)."""
+        x = self.embed(tokens.unsqueeze(1))
+        return self._read(x, cache.with_room(lambda num_keys: self._constants(num_keys, x)))
+
+    def join(self, caches: Sequence[TextCache]) -> TextCache:
+        """One batch of several."""
+        return TextCache.join(caches)
+
+    def _constants(self, num_keys: int, like: Tensor) -> tuple[Constants, ...]:
+        return tuple(cast(DEQTransformerCell, b).constants(num_keys, like) for b in self.layers)
+
+    def _read(self, x: Tensor, cache: TextCache) -> Prediction:
+        """Read embedded tokens (B, L, D) after those in the cache."""
+        tied = self.config.tied
+        h, layers = torch.zeros_like(x) if tied else x, list[KeyValues]()
+        for number, past in enumerate(cache.layers):
+            block = 0 if tied else number
+            layer = cast(DEQTransformerCell, self.layers[block])
+            injection = layer.inject(x if tied else h, past, cache.constants[block])
+            layers.append(past.append(layer.key_values(h, injection), cache.memory_length))
+            h = layer(h, injection)
+        logits = self.softmax.log_probabilities(self.dropout(h[:, -1:]))[:, 0]
+        return Prediction(logits, cache._replace(layers=tuple(layers)))
 
     def memory_from(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Rebuild a memory from its tensors, in the order in which it iterates.

@@ -117,16 +117,23 @@ class TrellisCell(Cell):
             past = weight[:, :width]
             dropped = past * dropout_mask(past, past.shape, self.config.weight_dropout)
             weight = torch.cat((dropped, weight[:, width:]), 1)
+        before = memory.x if self.config.remember_input else torch.zeros_like(memory.x)
+        return self._injection(x, before, memory, weight)
+
+    def inject_next(self, x: Tensor, memory: Memory, weight: Tensor) -> Injection:
+        """The same for the next token (B, 1, E) of a segment, with its weight made before.
+
+        Within a segment the last input is seen, whether or not segments remember it.
+        """
+        return self._injection(x, memory.x, memory, weight)
+
+    def _injection(self, x: Tensor, before: Tensor, memory: Memory, weight: Tensor) -> Injection:
         return Injection(
-            gates=self.injection(
-                _with_previous(
-                    x, memory.x if self.config.remember_input else torch.zeros_like(memory.x)
-                )
-            ),
+            gates=self.injection(_with_previous(x, before)),
             h=memory.h,
             c=memory.c,
             weight=weight,
-            mask=variational_mask(x, width, self.config.dropout, self.training),
+            mask=variational_mask(x, self.config.d_state, self.config.dropout, self.training),
         )
 
     def initial_state(self, injection: Injection) -> State:
