@@ -23,25 +23,34 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Training and validation perplexities of all runs over the steps."""
+    """Training and validation perplexities over the steps, a panel per text."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for result, colour in zip(results, COLOURS, strict=False):
-        for kind, style in (
-            ("train", {"linewidth": 0.6, "alpha": 0.5}),
-            ("valid", {"marker": "o"}),
-        ):
-            steps = [record["step"] for record in result[kind]]
-            values = [math.exp(min(record["loss"], 10.0)) for record in result[kind]]
-            label = result["recipe"] if kind == "valid" else None
-            axes.plot(steps, values, color=colour, label=label, markersize=4, **style)
-    axes.set_yscale("log")
-    axes.set_xlabel("training step (16 x 64 words)")
-    axes.set_ylabel("perplexity (thin: training; dots: validation)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    texts: dict[str, list[Result]] = {}
+    for result in results:
+        texts.setdefault(result["environment"]["data"]["name"], []).append(result)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    for axes, (text, runs) in zip(panels, texts.items(), strict=True):
+        for result, colour in zip(runs, COLOURS, strict=False):
+            for kind, style in (
+                ("train", {"linewidth": 0.6, "alpha": 0.5}),
+                ("valid", {"marker": "o"}),
+            ):
+                steps = [record["step"] for record in result[kind]]
+                values = [math.exp(min(record["loss"], 10.0)) for record in result[kind]]
+                label = result["recipe"] if kind == "valid" else None
+                axes.plot(steps, values, color=colour, label=label, markersize=4, **style)
+        axes.set_yscale("log")
+        axes.set_ylim(100.0, 1_500.0)
+        axes.set_yticks(
+            [100, 150, 200, 300, 500, 1_000], ["100", "150", "200", "300", "500", "1000"]
+        )
+        axes.set_title(text)
+        axes.set_xlabel("training step (16 x 64 words)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    panels[0].set_ylabel("perplexity (thin: training; dots: validation)")
     figure.savefig(path, dpi=120)
 
 

@@ -37,6 +37,26 @@ def _copy_memory() -> str:
     return (RESULTS / "copy_memory" / "table.md").read_text()
 
 
+def causal_solves(result: dict[str, Any]) -> str:
+    """Evaluations per part by its length, forward to two tolerances, and products backward."""
+    lengths = sorted({row["length"] for row in result["rows"]})
+    kinds = dict.fromkeys((row["solver"], row.get("rtol")) for row in result["rows"])
+    columns = ["evaluations per part of so many positions", *map(str, lengths)]
+    table: list[list[Any]] = []
+    for solver, rtol in sorted(kinds, key=lambda kind: (kind[1] is None, -(kind[1] or 0.0))):
+        rows = {
+            r["length"]: r for r in result["rows"] if (r["solver"], r.get("rtol")) == (solver, rtol)
+        }
+        what = f"`{solver}`, " + (
+            "products backward, to 1e-2" if rtol is None else f"to {rtol:.0e}"
+        )
+        numbers = [
+            rows[length].get("evaluations", rows[length].get("products")) for length in lengths
+        ]
+        table.append([what.replace("e-0", "e-"), *(f"{number:.1f}" for number in numbers)])
+    return _table(columns, table)
+
+
 def _words() -> str:
     """A row per finished run, by text."""
     columns = ["recipe", "parameters", "test perplexity", "best validation"]
@@ -723,6 +743,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "corpus": _measured("corpus_memory", _corpus),
         "copy memory": _copy_memory,
         "words": _words,
+        "causal solves": _measured("causal_solves", causal_solves),
         "generation": _measured("generation", _generation),
     },
 }

@@ -294,28 +294,3 @@ def test_numbers_keep_their_last_digit() -> None:
     assert registry.parse(Solver, registry.describe(third)).relaxation == 1 / 3
     smallest = Anderson(ridge=math.ulp(0.0))
     assert registry.parse(Solver, registry.describe(smallest)) == smallest
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "trap:Solver()",
-        "trap.Solver",
-        "fallback(anderson, trap:Solver())",
-        "newton_krylov(linear_solver=trap:Solver(x=1))",
-        "anderson(ridge=trap.ridge)",
-        "anderson().__class__()",
-    ],
-)
-def test_text_of_strangers_imports_nothing(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "trap.py").write_text("raise SystemExit")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="names a class outside of equilibria"):
-        registry.parse(Solver, text, outside=False)
-
-
-@pytest.mark.parametrize("text", ["anderson", "fallback(anderson, broyden(history_size=3))"])
-def test_text_of_strangers_has_our_names(text: str) -> None:
-    assert registry.parse(Solver, text, outside=False) == registry.parse(Solver, text)

@@ -1,8 +1,10 @@
-"""What do CUDA graphs save in a solve of fixed steps?
+"""What do CUDA graphs save in a solve of fixed steps, and in one to a tolerance?
 
 Inference, 30 steps: eager; the same solve under torch.compile(mode="reduce-overhead"); and captured
 once by torch.cuda.graph and replayed. The tanh cell at two batches, where launching is all there
-is, and the small DEQ-Transformer block. Results are compared with the eager one.
+is, and the small DEQ-Transformer block. Results are compared with the eager one. Then the same
+cells solved to 1e-4, eagerly with a look at every step, and by `GraphedSolve`, which replays blocks
+of eight steps and looks after each.
 
     python -m benchmarks.gpu.cuda_graphs [--device cuda] [--tiny]
 """
@@ -20,7 +22,7 @@ from benchmarks.cells import Work
 from benchmarks.options import Options
 from benchmarks.timing import Spread, ratio
 from benchmarks.variants import eager, eager_and_fused
-from equilibria import Anderson, Broyden, FixedSteps, Picard, solve
+from equilibria import Anderson, Broyden, FixedSteps, GraphedSolve, Picard, solve
 
 NUM_STEPS = 30
 
@@ -98,7 +100,32 @@ def measure(work: Work, given: Options) -> dict[str, Any]:
     }
     for case, row in rows.items():
         print(f"{work.about:50} {case:30} {row}")
-    return {"about": work.about, "num_steps": num_steps, "cases": rows}
+    return {
+        "about": work.about,
+        "num_steps": num_steps,
+        "cases": rows,
+        "to_tolerance": to_tolerance(work, given) if given.device.type == "cuda" else None,
+    }
+
+
+def to_tolerance(work: Work, given: Options) -> dict[str, Any]:
+    """Solves that stop by themselves: microseconds, evaluations, and the ratio."""
+    f = work.prepare()
+    rows: dict[str, Any] = {}
+    for name, solver in {"Anderson()": Anderson(), "Broyden()": Broyden()}.items():
+        plain = lambda solver=solver: solve(f, work.z0, solver=solver, on_failure="ignore")  # noqa: E731
+        graphed = GraphedSolve(f, work.z0, solver=solver)
+        seconds = given.interleave({"plain": plain, "graphed": graphed}, warm=True)
+        rows[name] = {
+            "plain_microseconds": Spread.of([1e6 * s for s in seconds["plain"]]).as_dict(),
+            "graphed_microseconds": Spread.of([1e6 * s for s in seconds["graphed"]]).as_dict(),
+            "speed_up": ratio(seconds["plain"], seconds["graphed"]).as_dict(),
+            "plain_evaluations": plain().num_evals,
+            "graphed_evaluations": graphed().num_evals,
+            "converged": bool(graphed().converged.all()),
+        }
+        print(f"{work.about:50} {name:30} {rows[name]}")
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

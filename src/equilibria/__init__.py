@@ -22,6 +22,7 @@ from equilibria.core.status import ConvergenceError, ConvergenceWarning, Status
 from equilibria.core.termination import Termination
 from equilibria.core.warm_start import WarmStart, WarmStartMemory
 from equilibria.deq import DEQ, Cell
+from equilibria.graphed import GraphedSolve
 from equilibria.linear.bicgstab import BiCGStab
 from equilibria.linear.fixed_point import FixedPoint
 from equilibria.linear.gmres import GMRES
@@ -65,6 +66,7 @@ __all__ = [
     "FixedPoint",
     "FixedPointCorrection",
     "FixedSteps",
+    "GraphedSolve",
     "Implicit",
     "Iterate",
     "JacobianRegularizer",

@@ -288,7 +288,7 @@ def _solved(forward: Forward, result: LoopResult) -> Solved | None:
     # Without a step that is z0, which is the user's to write to.
     z = z.clone() if z is problem.z0 else z
     replay = forward.notes.get("replay") or Replay(None, fz, problem.rounding)
-    return Solved(z.detach(), replay)
+    return Solved(z.detach(), replay, forward.notes.get("tape"))
 
 
 def _check_finite(problem: Problem, settings: SolveSettings, name: str) -> None:

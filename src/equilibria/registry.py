@@ -70,31 +70,23 @@ def find(kind: type, name: str) -> type:
     )
 
 
-def parse(kind: type, text: str, *, outside: bool = True) -> Any:
+def parse(kind: type, text: str) -> Any:
     """Build a plug-in from its description, for example "anderson(history_size=8)".
-
-    Args:
-        kind: its base class.
-        text: the description.
-        outside: whether "package.module:Class" is allowed. Importing a module runs its code, which
-            text from strangers shall not choose.
 
     Raises:
         UserError: malformed text, an unknown name or option, or a value the class refuses.
     """
-    try:
-        tree = ast.parse(_as_python(text.strip()), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(
-            f"{text!r} cannot be read; write a name, or a name with options such as "
-            "'anderson(history_size=8)'"
-        ) from error
-    if not outside and any(isinstance(node, ast.Attribute) for node in ast.walk(tree)):
-        raise UserError(
-            f"{text!r} names a class outside of equilibria, whose module would be imported; only "
-            f"names of ours are read here ({', '.join(names(kind))})"
-        )
-    return _build([kind], tree, text)
+    return _build([kind], _tree(text), text)
+
+
+def modules_outside(text: str) -> list[str]:
+    """Modules that `parse` would import for a description: those of classes of one's own.
+
+    Raises:
+        UserError: malformed text.
+    """
+    dotted = [node for node in ast.walk(_tree(text)) if isinstance(node, ast.Attribute)]
+    return [ast.unparse(node.value) for node in dotted]
 
 
 def describe(plugin: Any) -> str:
@@ -108,6 +100,16 @@ def describe(plugin: Any) -> str:
     module = cls.__module__
     name = module.rpartition(".")[2] if inside else f"{module}:{cls.__name__}"
     return f"{name}({options})" if options else name
+
+
+def _tree(text: str) -> ast.expr:
+    try:
+        return ast.parse(_as_python(text.strip()), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f"{text!r} cannot be read; write a name, or a name with options such as "
+            "'anderson(history_size=8)'"
+        ) from error
 
 
 _QUOTED_OR_MARK = re.compile(

@@ -25,6 +25,7 @@ TIMED = {
     "corpus_memory": [],
     "generation": [],
     "gpu.wt103_block": ["bfloat16"],
+    "gpu.wt103_training": ["wt103-deq-transformer-regularised", "wt103-deq-trellisnet"],
     "gpu.tiny_and_mdeq": ["mdeq"],
     "gpu.kernels": [],
     "gpu.cuda_graphs": [],
@@ -147,3 +148,18 @@ def test_the_loosest_tolerance(benchmark: Callable[[str], Any]) -> None:
     assert loosest(lambda t: t <= 2e-3, 1e-4, factor=10.0) == pytest.approx(1e-3)
     assert loosest(lambda t: t <= 2e-5, 1e-4, factor=10.0) == pytest.approx(1e-5)
     assert loosest(lambda t: False, 1e-4) is None
+
+
+def test_a_training_goes_on_with_its_newest_run(
+    benchmark: Callable[[str], Any], tmp_path: Path
+) -> None:
+    module = benchmark("gpu.train_words")
+    begin = module.command("ptb-small", Path("texts"), tmp_path, ["--seed", "3"])
+    assert begin[3:5] == ["train", "ptb-small"]
+    assert begin[-2:] == ["--seed", "3"]
+    for run in ("ptb-small-20260101-000000", "ptb-small-20260102-000000"):
+        (tmp_path / run / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (tmp_path / "ptb-small-20260103-000000").mkdir()  # stopped before its first checkpoint
+    (tmp_path / "ptb-small-tied-20260104-000000/checkpoints/step-00000010").mkdir(parents=True)
+    again = module.command("ptb-small", Path("texts"), tmp_path, ["--seed", "3"])
+    assert again[4:] == ["--resume", str(tmp_path / "ptb-small-20260102-000000")]

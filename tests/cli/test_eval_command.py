@@ -73,7 +73,7 @@ def test_split_and_checkpoint(cli: Any, finished: Any) -> None:
     for step in steps:
         assert _eval(cli, finished, "--checkpoint", step)["step"] == step
     assert _eval(cli, finished, "--checkpoint", "last")["step"] == steps[-1]
-    best = json.loads((finished.path / "checkpoints" / "best.json").read_text())["step"]
+    best = json.loads((finished.path / "checkpoints" / "best.json").read_text())["best"][0]["step"]
     assert _eval(cli, finished, "--checkpoint", "best")["step"] == best
 
 

@@ -168,14 +168,14 @@ def test_help_lists_every_option(cli: Any) -> None:
 
 
 def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], None]) -> None:
-    training_loss = LanguageModeling.training_loss
+    training_losses = LanguageModeling.training_losses
 
-    def interrupted(task: LanguageModeling, at: int) -> Any:
+    def interrupted(task: LanguageModeling, at: int, num_chunks: int = 1) -> Any:
         if at == step:
             how()
-        return training_loss(task, at)
+        return training_losses(task, at, num_chunks)
 
-    monkeypatch.setattr(LanguageModeling, "training_loss", interrupted)
+    monkeypatch.setattr(LanguageModeling, "training_losses", interrupted)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -234,16 +234,18 @@ def test_ctrl_c_before_the_first_checkpoint_promises_nothing(
 def test_numbers_that_are_not_finite_end_with_code_1(
     cli: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training_loss = LanguageModeling.training_loss
+    training_losses = LanguageModeling.training_losses
 
-    def poisoned(task: LanguageModeling, step: int) -> Any:
-        result = training_loss(task, step)
-        return result._replace(loss=result.loss * math.nan) if step == 9 else result
+    def poisoned(task: LanguageModeling, step: int, num_chunks: int = 1) -> Any:
+        for result in training_losses(task, step, num_chunks):
+            yield result._replace(loss=result.loss * math.nan) if step >= 9 else result
 
-    monkeypatch.setattr(LanguageModeling, "training_loss", poisoned)
-    result = cli("train", *tiny, "--train.folder", tmp_path / "runs")
+    monkeypatch.setattr(LanguageModeling, "training_losses", poisoned)
+    options = ["--train.folder", tmp_path / "runs", "--train.max-nonfinite-steps", "2"]
+    result = cli("train", *tiny, *options)
     assert result.code == 1
-    assert "error: the loss of step 10 is not finite" in result.err
+    assert "the loss of step 10 is not finite" in result.err
+    assert "error: the loss of step 11 is not finite" in result.err
     run = _only_run(tmp_path / "runs")
     assert max(p.name for p in (run / "checkpoints").glob("step-*")) == "step-00000008"
 

@@ -97,3 +97,33 @@ def trellisnet(*, normed: bool = True, experts: int = 0, dropped: bool = False) 
             old["decoder.weight"], old["decoder.bias"],
         )  # fmt: skip
     return old
+
+
+def torchdeq(*, normed: bool = True, blocks: int = 2) -> Old:
+    """The language model of torchdeq's collection, whose softmax has the projections of all."""
+    torch.manual_seed(5)
+    old: Old = {}
+    edges, widths = [0, 4, 9, V], [8, 4, 2]
+    for i, width in enumerate(widths):
+        old[f"word_emb.emb_layers.{i}.weight"] = drawn(edges[i + 1] - edges[i], width)
+        old[f"word_emb.emb_projs.{i}.weight"] = drawn(D, width)
+    old["pos_emb.inv_freq"] = torch.ones(D // 2)
+    layer(old, "injection", (3 * D, D), normed=False)
+    for block in range(blocks):
+        attention, feed = f"func.dec_attn.{block}", f"func.pos_ff.{block}"
+        for name in ("r_w_bias", "r_r_bias"):
+            old[f"{attention}.{name}"] = drawn(HEADS, D // HEADS)
+        layer(old, f"{attention}.qkv_net", (3 * D, D), normed=normed, bias=False)
+        layer(old, f"{attention}.r_net", (D, D), normed=normed, bias=False)
+        layer(old, f"{attention}.o_net", (D, D), normed=normed)
+        layer(old, f"{feed}.ff1_net", (INNER, D), normed=normed)
+        layer(old, f"{feed}.ff2_net", (D, INNER), normed=normed)
+        for name in (f"{attention}.ln1", f"{attention}.ln2", f"{feed}.ln"):
+            old[f"{name}.weight"], old[f"{name}.bias"] = 1.0 + drawn(D), drawn(D)
+    for i in range(len(widths)):
+        old[f"crit.out_layers.{i}.weight"] = old[f"word_emb.emb_layers.{i}.weight"]
+        old[f"crit.out_layers.{i}.bias"] = drawn(edges[i + 1] - edges[i])
+        shared = old[f"word_emb.emb_projs.{i}.weight"]
+        old[f"crit.out_projs.{i}.weight"] = shared if i else drawn(D, widths[0])
+    old["crit.cluster_weight"], old["crit.cluster_bias"] = drawn(2, widths[0]), drawn(2)
+    return old

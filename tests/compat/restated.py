@@ -132,6 +132,63 @@ def adaptive_log_probabilities(old: Old, hidden: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
+# --- torchdeq's language model -----------------------------------------------------------------
+
+
+def affine(old: Old, name: str, x: Tensor) -> Tensor:
+    """Layer norm with weights."""
+    return norm(x) * old[f"{name}.weight"].double() + old[f"{name}.bias"].double()
+
+
+def torchdeq_block(old: Old, number: int, z: Tensor, u: Tensor, z0: Tensor, window: int) -> Tensor:
+    """One block: z (L, D), injections u (M + L, 3 D), remembered z0 (M, D).
+
+    Queries, keys and values of a head are side by side.
+    """
+    attn, feed = f"func.dec_attn.{number}", f"func.pos_ff.{number}"
+    u_bias, v_bias = (old[f"{attn}.{name}"].double() for name in ("r_w_bias", "r_r_bias"))
+    heads, d_head = u_bias.shape
+    keys, d_model = len(z0) + len(z), z.shape[1]
+    qkv = affine(old, f"{attn}.ln1", torch.cat((z0, z))) @ matrix(old, f"{attn}.qkv_net.weight").T
+    q, k, v = (qkv + u).reshape(keys, heads, 3, d_head).unbind(2)
+    frequencies = 10000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
+    out = []
+    for at in range(len(z0), keys):
+        seen = range(max(0, at - window + 1), at + 1)
+        scores = []
+        for j in seen:
+            angles = (at - j) * frequencies
+            r = matrix(old, f"{attn}.r_net.weight") @ torch.cat((angles.sin(), angles.cos()))
+            r = r.reshape(heads, d_head)
+            scores.append(((q[at] + u_bias) * k[j] + (q[at] + v_bias) * r).sum(1))
+        shares = (torch.stack(scores) / math.sqrt(d_head)).softmax(0)
+        values = torch.stack([v[j] for j in seen])
+        out.append(torch.einsum("jh,jhd->hd", shares, values).flatten())
+    attended = affine(old, f"{attn}.ln2", torch.stack(out))
+    h = z + attended @ matrix(old, f"{attn}.o_net.weight").T + old[f"{attn}.o_net.bias"].double()
+    inner = affine(old, f"{feed}.ln", h) @ matrix(old, f"{feed}.ff1_net.weight").T
+    inner = (inner + old[f"{feed}.ff1_net.bias"].double()).relu()
+    fed = inner @ matrix(old, f"{feed}.ff2_net.weight").T + old[f"{feed}.ff2_net.bias"].double()
+    return h + fed
+
+
+def torchdeq_steps(old: Old, tokens: Tensor, steps: int, memory=None, window=1000):
+    """z after some steps from zero (L, D), and what the next segment needs."""
+    names = {"inject_conv.weight": old["injection.weight"]}
+    u = embed(old | names, tokens) @ matrix(old, "injection.weight").T
+    u = u + old["injection.bias"].double()
+    z = z0 = u.new_zeros(0, u.shape[1] // 3)
+    us = u
+    if memory is not None:
+        z0, us = memory[0], torch.cat((memory[1], u))
+    z = u.new_zeros(len(tokens), u.shape[1] // 3)
+    blocks = sum(name.endswith("r_w_bias") for name in old)
+    for _ in range(steps):
+        for number in range(blocks):
+            z = torchdeq_block(old, number, z, us, z0, window)
+    return z, (torch.cat((z0, z)), us)
+
+
 # --- TrellisNet --------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from equilibria.compat.convert import convert
 from equilibria.models.config import SolveConfig
 from equilibria.models.deq_transformer import DEQTransformerConfig
 from equilibria.models.deq_trellisnet import DEQTrellisNetConfig
+from equilibria.models.stacked_transformer import StackedTransformerConfig
 
 SOLVE = SolveConfig(solver=Broyden(None), rtol=1e-12, max_steps=300)
 TOKENS = torch.tensor([3, 19, 5, 0, 11, 8])
@@ -59,6 +60,22 @@ def test_transformers_with_memory_and_window(tmp_path):
     z, _ = restated.transformer_equilibrium(old, TOKENS[3:], memory, window=3)
     wanted = restated.adaptive_log_probabilities(old, z)
     torch.testing.assert_close(second.logits[0].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normed", [True, False], ids=["weight-norm", "plain"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_models_of_torchdeq_compute_the_same(normed, blocks, tmp_path):
+    """After as many steps; twelve are published, and there is no equilibrium."""
+    old = old_layouts.torchdeq(normed=normed, blocks=blocks)
+    config = StackedTransformerConfig(attention_window=4, num_steps=5)
+    model = built(convert(saved(old, tmp_path), config))
+    first = model(TOKENS[:3].unsqueeze(0), memory_length=6)
+    second = model(TOKENS[3:].unsqueeze(0), first.memory)
+    _, memory = restated.torchdeq_steps(old, TOKENS[:3], 5, window=4)
+    z, _ = restated.torchdeq_steps(old, TOKENS[3:], 5, memory, window=4)
+    wanted = restated.adaptive_log_probabilities(old, z)
+    found = second.logits[0].double().log_softmax(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("normed", [True, False], ids=["weight-norm", "plain"])

@@ -103,3 +103,102 @@ def test_two_processes(tmp_path: Path, adjoint: Adjoint, static_graph: bool) -> 
     for rank in range(2):
         found = torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True)
         torch.testing.assert_close(found, expected_gradients(adjoint))
+
+
+class PyramidCell(Cell):
+    """Two resolutions that see each other, as in a multiscale DEQ; the state is a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.down, self.up = nn.Conv2d(3, 3, 3, stride=2, padding=1), nn.Conv2d(3, 3, 1)
+        self.input = nn.Conv2d(2, 3, 3, padding=1)
+        with torch.no_grad():
+            for layer in (self.fine, self.coarse, self.down, self.up):
+                layer.weight.mul_(0.4)
+
+    def inject(self, x: Tensor) -> Tensor:
+        return self.input(x)
+
+    def initial_state(self, injection: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(injection), torch.zeros_like(injection[:, :, ::2, ::2])
+
+    def forward(self, z: tuple[Tensor, Tensor], injection: Tensor) -> tuple[Tensor, Tensor]:
+        fine, coarse = z
+        up = nn.functional.interpolate(self.up(coarse), scale_factor=2)
+        return (
+            torch.tanh(self.fine(fine) + up + injection),
+            torch.tanh(self.coarse(coarse) + self.down(fine)),
+        )
+
+
+class Pyramid(nn.Module):
+    """The cell at its equilibrium, and a mean of both resolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deq = DEQ(
+            PyramidCell(),
+            adjoint=Implicit(rtol=1e-10),
+            termination=Residual(1e-10),
+            max_steps=100,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine, coarse = self.deq(x).z
+        return fine.mean((2, 3)) + coarse.square().mean((2, 3))
+
+
+def make_pyramid() -> Pyramid:
+    torch.manual_seed(0)
+    return Pyramid().double()
+
+
+def images() -> Tensor:
+    """Easy ones and hard ones."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 2, 8, 8, dtype=torch.float64, generator=generator)
+    return x * torch.tensor([1e-3, 1.0, 3.0, 10.0], dtype=torch.float64)[:, None, None, None]
+
+
+def train_pyramid(rank: int, world_size: int, folder: str, strategy: str) -> None:
+    """Two steps of gradient descent on this rank's share; the weights go to a file."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    try:
+        model: nn.Module = make_pyramid()
+        if strategy == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            called: nn.Module = fully_shard(model, reshard_after_forward=False)
+        else:
+            called = DistributedDataParallel(model)
+        descend(model, called, images().chunk(world_size)[rank])
+        weights = {
+            name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            for name, weight in model.state_dict().items()
+        }
+        torch.save(weights, f"{folder}/weights{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def descend(model: nn.Module, called: nn.Module, x: Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        called(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_multiscale_cell_in_two_processes(tmp_path: Path, strategy: str) -> None:
+    """Ranks make different numbers of evaluations, and nobody waits for ever."""
+    model = make_pyramid()
+    descend(model, model, images())
+    mp.spawn(train_pyramid, args=(2, str(tmp_path), strategy), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"weights{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, dict(model.state_dict()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import struct
 import sys
 from collections.abc import Callable
@@ -13,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from equilibria import Anderson, UserError
+from equilibria import Anderson, UserError, models
 from equilibria.data.words import WordVocabulary
-from equilibria.models.config import SolveConfig
+from equilibria.models.config import ModelConfig, SolveConfig
 from equilibria.models.deq_transformer import DEQTransformerConfig
 from equilibria.models.deq_trellisnet import DEQTrellisNetConfig
 from equilibria.models.recurrent import RecurrentConfig
+from equilibria.models.stacked_transformer import StackedTransformerConfig
 from equilibria.models.tcn import TCNConfig
 from equilibria.models.transformer_xl import TransformerXLConfig
 from equilibria.models.trellisnet import TrellisNetConfig
@@ -37,6 +40,7 @@ CONFIGS = {
     "solver": DEQTransformerConfig(**SMALL, solve=SolveConfig(Anderson(4), eval_max_steps=40)),
     "xl": TransformerXLConfig(**SMALL, num_layers=3),
     "xl-tied": TransformerXLConfig(**SMALL, num_layers=60, tied=True),
+    "stacked": StackedTransformerConfig(**SMALL, num_blocks=2, num_steps=3),
     "deq-trellisnet": DEQTrellisNetConfig(d_embed=4, d_hidden=6, num_softmaxes=2),
     "trellisnet": TrellisNetConfig(d_embed=4, d_hidden=6, num_layers=3),
     "lstm": RecurrentConfig(d_embedding=4, d_hidden=6, num_layers=2),
@@ -100,6 +104,17 @@ def test_every_model_comes_back_bit_for_bit(make: Make, tmp_path: Path, name: st
     assert found.generate("bad", "cafe", sampling=sampling) == mine.generate(
         "bad", "cafe", sampling=sampling
     )
+
+
+def test_every_model_can_be_shared() -> None:
+    names = [module.name for module in pkgutil.iter_modules(models.__path__)]
+    found = {
+        item
+        for name in names
+        for item in vars(importlib.import_module(f"{models.__name__}.{name}")).values()
+        if isinstance(item, type) and issubclass(item, ModelConfig) and "build" in vars(item)
+    }
+    assert found - {ModelConfig} == {type(known.default) for known in ARCHITECTURES.values()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -232,11 +247,11 @@ def test_a_wrong_configuration_is_refused(
     assert message in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["xl", "tcn", "lstm"])
+@pytest.mark.parametrize("name", ["xl", "tcn", "lstm", "stacked"])
 def test_layers_are_not_made_by_the_million(make: Make, tmp_path: Path, name: str) -> None:
     """Less than there are numbers in the file, and far more than tensors."""
     make(CONFIGS[name]).save_pretrained(tmp_path)
-    change(tmp_path, **{f"model__num_{'blocks' if name == 'tcn' else 'layers'}": 500})
+    change(tmp_path, **{f"model__num_{'blocks' if name in ('tcn', 'stacked') else 'layers'}": 500})
     assert "asks for 500 layers, and the weights are" in refusal(tmp_path)
 
 
@@ -245,7 +260,7 @@ def test_code_in_a_configuration_is_not_imported(folder: Path, tmp_path: Path) -
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         change(folder, model__solve__solver="trap:Solver()")
-        assert "whose module would be imported" in refusal(folder)
+        assert "names a class outside of equilibria (trap)" in refusal(folder)
     assert "trap" not in sys.modules
 
 

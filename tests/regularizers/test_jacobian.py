@@ -240,6 +240,58 @@ def test_one_evaluation_and_a_product_per_probe():
     assert calls == before + 1
 
 
+@pytest.mark.parametrize("weight_of_loss", [0.0, 1.0])
+def test_sharing_the_recorded_evaluation_saves_it_and_changes_nothing(weight_of_loss, make_deq, x):
+    """One backward call through loss and penalty, which share their last evaluation."""
+    x = x.requires_grad_()
+    deq = make_deq()
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    deq.cell.register_forward_hook(count)
+    gradients, evaluations = [], []
+    for share in (False, True):
+        solution = deq(x)
+        solved = calls
+        probes = basis(solution.z)
+        penalty = jacobian_penalty(solution, share_evaluation=share, probes=probes).sum()
+        loss = weight_of_loss * solution.z.square().sum() + penalty
+        gradients.append(torch.autograd.grad(loss, [x, *deq.parameters()]))
+        evaluations.append(calls - solved)
+    assert evaluations == [1, 0]
+    for shared, own in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(shared, own, rtol=1e-9, atol=1e-12)
+
+
+def test_a_shared_evaluation_is_there_once(make_deq, x):
+    """As for two losses of one network: never silently half a gradient."""
+    deq = make_deq()
+    solution = deq(x)
+    jacobian_penalty(solution, share_evaluation=True).sum().backward(retain_graph=True)
+    solution.z.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        jacobian_penalty(solution, share_evaluation=True)
+    assert bool((jacobian_penalty(solution) > 0.0).all())
+
+
+@pytest.mark.parametrize("adjoint", [OneStep(), Unrolled()], ids=repr)
+def test_without_a_recorded_evaluation_another_is_made(adjoint, make_deq, x):
+    solution = make_deq(adjoint=adjoint)(x)
+    probes = basis(solution.z)
+    shared = jacobian_penalty(solution, share_evaluation=True, probes=probes)
+    torch.testing.assert_close(shared, jacobian_penalty(solution, probes=probes))
+
+
+def test_a_shared_evaluation_does_not_move_with_the_state(make_deq, x):
+    with pytest.raises(UserError, match="give one of the two"):
+        JacobianRegularizer(share_evaluation=True, through_state=True)
+    with pytest.raises(UserError, match="give one of the two"):
+        jacobian_penalty(make_deq()(x), share_evaluation=True, through_state=True)
+
+
 def test_checkpointed_unrolling(make_deq, x):
     deq = make_deq(adjoint=Unrolled(checkpoint=True), termination=Residual(1e-4))
     solution = deq(x)

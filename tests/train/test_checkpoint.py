@@ -46,7 +46,7 @@ def checkpoints(tmp_path: Path) -> CheckpointFolder:
 
 def test_what_was_saved_comes_back(checkpoints: CheckpointFolder) -> None:
     model = _model(0)
-    checkpoints.save(12, model, TRAINING)
+    checkpoints.save(12, model.state_dict(), TRAINING)
     other = _model(1)
     checkpoints.load_weights(12, other)
     assert _equal(_weights(other), _weights(model))
@@ -62,7 +62,7 @@ def test_what_was_saved_comes_back(checkpoints: CheckpointFolder) -> None:
 def test_steps_are_sorted_and_other_files_ignored(checkpoints: CheckpointFolder) -> None:
     assert checkpoints.steps() == []
     for step in (100, 9, 20):
-        checkpoints.save(step, _model(), TRAINING)
+        checkpoints.save(step, _model().state_dict(), TRAINING)
     for foreign in (".writing-00000030", "step-40", "step-00000050.bak", "notes"):
         (checkpoints.folder / foreign).mkdir()
     assert checkpoints.steps() == [9, 20, 100]
@@ -79,7 +79,7 @@ def test_an_empty_folder_has_no_latest(checkpoints: CheckpointFolder) -> None:
 
 def test_best_is_what_was_marked(checkpoints: CheckpointFolder) -> None:
     for step in (1, 2, 3):
-        checkpoints.save(step, _model(), TRAINING)
+        checkpoints.save(step, _model().state_dict(), TRAINING)
     assert checkpoints.best() == 3  # nothing is marked: the newest
     checkpoints.mark_best(2, 1.25)
     assert (checkpoints.best(), checkpoints.best_loss()) == (2, 1.25)
@@ -90,7 +90,7 @@ def test_a_mark_of_a_deleted_checkpoint_counts_for_nothing(
 ) -> None:
     """Or a run that repeats the deleted steps would never again be as good as the lost one."""
     for step in (1, 2):
-        checkpoints.save(step, _model(), TRAINING)
+        checkpoints.save(step, _model().state_dict(), TRAINING)
     checkpoints.mark_best(2, 1.25)
     shutil.rmtree(checkpoints.path(2))
     assert (checkpoints.best(), checkpoints.best_loss()) == (1, math.inf)
@@ -98,7 +98,7 @@ def test_a_mark_of_a_deleted_checkpoint_counts_for_nothing(
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"step": "x"}', '{"step": 1}', "\xff"])
 def test_a_damaged_mark_is_a_sentence(checkpoints: CheckpointFolder, content: str) -> None:
-    checkpoints.save(1, _model(), TRAINING)
+    checkpoints.save(1, _model().state_dict(), TRAINING)
     (checkpoints.folder / "best.json").write_text(content, encoding="latin-1")
     for look in (checkpoints.best, checkpoints.best_loss):
         with pytest.raises(UserError, match=r"best\.json.*; delete it"):
@@ -113,7 +113,7 @@ def test_pruning_keeps_the_newest_and_the_best(
     checkpoints: CheckpointFolder, keep: int, best: int | None, expected: list[int]
 ) -> None:
     for step in range(1, 6):
-        checkpoints.save(step, _model(), TRAINING)
+        checkpoints.save(step, _model().state_dict(), TRAINING)
     if best is not None:
         checkpoints.mark_best(best, 1.0)
     checkpoints.prune(keep)
@@ -131,7 +131,7 @@ class _CrashError(BaseException):
 def test_a_crash_while_saving_leaves_the_checkpoints_as_they_were(
     checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, where: str, step: int
 ) -> None:
-    checkpoints.save(1, _model(0), TRAINING)
+    checkpoints.save(1, _model(0).state_dict(), TRAINING)
     before = _bytes(checkpoints.folder)
 
     def crash(*_: object, **__: object) -> None:
@@ -140,17 +140,17 @@ def test_a_crash_while_saving_leaves_the_checkpoints_as_they_were(
     with monkeypatch.context() as patch:
         patch.setattr(where, crash)
         with pytest.raises(_CrashError):
-            checkpoints.save(step, _model(1), TRAINING)
+            checkpoints.save(step, _model(1).state_dict(), TRAINING)
     assert checkpoints.steps() == [1]
     assert _bytes(checkpoints.folder) == before
-    checkpoints.save(2, _model(1), TRAINING)
+    checkpoints.save(2, _model(1).state_dict(), TRAINING)
     assert sorted(os.listdir(checkpoints.folder)) == ["step-00000001", "step-00000002"]
 
 
 def test_a_crash_at_the_last_rename_of_a_repeated_step_loses_nothing(
     checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints.save(1, _model(0), TRAINING)
+    checkpoints.save(1, _model(0).state_dict(), TRAINING)
     before = _bytes(checkpoints.folder)
     rename = os.rename
 
@@ -162,13 +162,13 @@ def test_a_crash_at_the_last_rename_of_a_repeated_step_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", crash_once)
         with pytest.raises(_CrashError):
-            checkpoints.save(1, _model(1), TRAINING)
+            checkpoints.save(1, _model(1).state_dict(), TRAINING)
     assert _bytes(checkpoints.folder) == before
 
 
 def test_saving_a_step_again_replaces_it(checkpoints: CheckpointFolder) -> None:
-    checkpoints.save(1, _model(0), TRAINING)
-    checkpoints.save(1, _model(1), TRAINING)
+    checkpoints.save(1, _model(0).state_dict(), TRAINING)
+    checkpoints.save(1, _model(1).state_dict(), TRAINING)
     model = _model(2)
     checkpoints.load_weights(1, model)
     assert _equal(_weights(model), _weights(_model(1)))
@@ -181,7 +181,7 @@ def test_what_a_killed_process_left_is_removed(checkpoints: CheckpointFolder) ->
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
     assert checkpoints.steps() == []
-    checkpoints.save(8, _model(), TRAINING)
+    checkpoints.save(8, _model().state_dict(), TRAINING)
     assert os.listdir(checkpoints.folder) == ["step-00000008"]
 
 
@@ -211,7 +211,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_damaged_weights_are_a_sentence(
     checkpoints: CheckpointFolder, damage: Callable[[Path], Any]
 ) -> None:
-    checkpoints.save(1, _model(0), TRAINING)
+    checkpoints.save(1, _model(0).state_dict(), TRAINING)
     damage(checkpoints.path(1) / "model.safetensors")
     model = _model(1)
     before = _weights(model)
@@ -225,7 +225,7 @@ def test_damaged_weights_are_a_sentence(
 def test_damaged_training_state_is_a_sentence(
     checkpoints: CheckpointFolder, damage: Callable[[Path], Any]
 ) -> None:
-    checkpoints.save(1, _model(0), TRAINING)
+    checkpoints.save(1, _model(0).state_dict(), TRAINING)
     damage(checkpoints.path(1) / "training.pt")
     with pytest.raises(
         UserError, match=r"training\.pt is .*delete the folder .*step-00000001"
@@ -237,7 +237,7 @@ def test_damaged_training_state_is_a_sentence(
 def test_weights_of_another_shape_are_refused_and_nothing_is_touched(
     checkpoints: CheckpointFolder,
 ) -> None:
-    checkpoints.save(1, _model(0, width=3), TRAINING)
+    checkpoints.save(1, _model(0, width=3).state_dict(), TRAINING)
     model = _model(1, width=4)
     before = _weights(model)
     with pytest.raises(
@@ -248,7 +248,7 @@ def test_weights_of_another_shape_are_refused_and_nothing_is_touched(
 
 
 def test_foreign_and_missing_tensors_are_named(checkpoints: CheckpointFolder) -> None:
-    checkpoints.save(1, _model(0), TRAINING)
+    checkpoints.save(1, _model(0).state_dict(), TRAINING)
     file = checkpoints.path(1) / "model.safetensors"
     weights = load_file(file)
     weights["stranger"] = weights.pop("1.bias")
@@ -275,7 +275,7 @@ def test_a_malicious_training_state_is_refused_and_not_run(
     checkpoints: CheckpointFolder, tmp_path: Path
 ) -> None:
     victim = tmp_path / "victim"
-    checkpoints.save(1, _model(0), TRAINING)
+    checkpoints.save(1, _model(0).state_dict(), TRAINING)
     file = checkpoints.path(1) / "training.pt"
     torch.save({"optimizer": _Malice(victim)}, file)
     with pytest.raises(UserError, match=r"training\.pt"):
@@ -287,7 +287,7 @@ def test_a_malicious_training_state_is_refused_and_not_run(
 
 
 def test_a_training_state_must_be_one(checkpoints: CheckpointFolder) -> None:
-    checkpoints.save(1, _model(0), TRAINING)
+    checkpoints.save(1, _model(0).state_dict(), TRAINING)
     torch.save([1, 2], checkpoints.path(1) / "training.pt")
     with pytest.raises(UserError, match="holds no training state"):
         checkpoints.load_training(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,56 @@ def test_the_default_is_untouched() -> None:
     before = to_json(DEFAULT)
     from_json(DEFAULT, {"seed": 9, "task": {"batch_size": 3}})
     assert to_json(DEFAULT) == before
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_file_imports_no_module_that_nobody_asked_for(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nested: bool
+) -> None:
+    """To import a module is to run it, and a file may be somebody else's."""
+    (tmp_path / "stranger.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from equilibria import Picard\n"
+        "from pathlib import Path\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(Picard):\n"
+        "    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    solver = "fallback(anderson, stranger:Mine)" if nested else "stranger:Mine(relaxation=0.5)"
+    values = {"model": {"solve": {"solver": solver}}}
+    with pytest.raises(UserError, match="EQUILIBRIA_TRUST=stranger"):
+        from_json(experiment, values)
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setenv("EQUILIBRIA_TRUST", "other,stranger")
+    assert "stranger:Mine" in json.dumps(to_json(from_json(experiment, values)))
+    sys.modules.pop("stranger")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trap:Solver()",
+        "trap.Solver",
+        "equilibria:Anderson()",  # imported already, and still no name of ours
+        "fallback(anderson, trap:Solver())",
+        "newton_krylov(linear_solver=trap:Solver(x=1))",
+        "anderson(ridge=trap.ridge)",
+        "anderson().__class__()",
+    ],
+)
+def test_files_of_strangers_name_plug_ins_of_ours_only(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trap.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("EQUILIBRIA_TRUST", "trap")  # what a run may do, a shared model may not
+    with pytest.raises(UserError, match="names a class outside of equilibria"):
+        from_json(SolveConfig(), {"solver": text}, outside=False)
+
+
+@pytest.mark.parametrize("text", ["anderson", "fallback(anderson, broyden(history_size=3))"])
+def test_files_of_strangers_have_our_names(text: str) -> None:
+    values = {"solver": text}
+    assert from_json(SolveConfig(), values, outside=False) == from_json(SolveConfig(), values)

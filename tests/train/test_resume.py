@@ -39,14 +39,14 @@ def _assert_same(resumed: Trainer, straight: Trainer) -> None:
 
 
 def _stop_before(trainer: Trainer, stops: set[int], how: Callable[[], None]) -> None:
-    training_loss = trainer.task.training_loss
+    training_losses = trainer.task.training_losses
 
-    def interrupted(step: int) -> Any:
+    def interrupted(step: int, num_chunks: int = 1) -> Any:
         if step in stops:
             how()
-        return training_loss(step)
+        return training_losses(step, num_chunks)
 
-    trainer.task.training_loss = interrupted  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.task.training_losses = interrupted  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _request() -> None:

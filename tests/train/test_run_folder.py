@@ -119,3 +119,29 @@ def test_lines_that_are_no_records_are_dropped(run: RunFolder, line: str) -> Non
         file.write(line + "\n")
     run.rewind_metrics(99)
     assert list(run.metrics()) == RECORDS
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(run: RunFolder) -> None:
+    run.checkpoints.folder.mkdir()
+    left = [
+        run.path / ".metrics.jsonl.x1_y2z3w",
+        run.path / ".summary.json.abcdefgh",
+        run.checkpoints.folder / ".best.json.abcdefgh",
+        run.checkpoints.folder / ".writing-00000003" / "model.safetensors",
+    ]
+    others = [run.path / ".notes", run.path / ".metrics.jsonl.mine", run.path / "plot.png"]
+    for file in (*left, *others):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("?")
+    run.remove_leftovers()
+    assert not any(file.exists() for file in left)
+    assert all(file.exists() for file in others)
+
+
+def test_a_folder_is_locked_once(run: RunFolder, experiment: Experiment) -> None:
+    run.write_config("tiny", experiment)
+    refused = pytest.raises(UserError, match="another process is training in")
+    with run.lock(), refused, run.lock():
+        pass
+    with run.lock():
+        pass

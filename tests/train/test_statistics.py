@@ -11,7 +11,14 @@ from equilibria.core.adjoint import BackwardReport
 from equilibria.core.linear import LinearResult
 from equilibria.core.solution import Solution
 from equilibria.tasks.task import StepLoss
-from equilibria.train.statistics import Clock, Interval, SolveStatistics, summarize_solves
+from equilibria.train.statistics import (
+    Clock,
+    Interval,
+    SolveRecord,
+    SolveStatistics,
+    StepRecord,
+    summarize_solves,
+)
 
 
 def _solution(steps: list[int], residuals: list[float], backward: list[int] | None) -> Solution:
@@ -34,8 +41,9 @@ def _solution(steps: list[int], residuals: list[float], backward: list[int] | No
     )
 
 
-def _step(loss: float, solution: Solution) -> StepLoss:
-    return StepLoss(torch.tensor(loss, requires_grad=True), 30, solution, "equilibrium")
+def _step(loss: float, solution: Solution) -> StepRecord:
+    value = torch.tensor(loss, requires_grad=True)
+    return StepRecord.of(StepLoss(value, 30, solution, "equilibrium"))
 
 
 @pytest.fixture
@@ -69,9 +77,9 @@ def test_an_explicit_model_has_a_loss_and_no_solves() -> None:
     interval, clock = Interval(), Clock()
     for loss, recall in ((2.0, 0.25), (1.0, 0.75)):
         figures = {"recall": torch.tensor(recall)}
-        step = StepLoss(torch.tensor(loss), 30, None, "explicit", figures)
+        step = StepRecord.of(StepLoss(torch.tensor(loss), 30, None, "explicit", figures))
         interval.add(step, torch.tensor(4.0), 1.5)
-        clock.add(step.solution, 1.5)
+        clock.add(step.solves, 1.5)
     expected = {
         "loss": 1.5,
         "gradient_norm": 4.0,
@@ -127,7 +135,7 @@ def test_percentiles_over_all_samples() -> None:
 def test_statistics_of_a_run() -> None:
     statistics = SolveStatistics()
     assert statistics.as_dict() is None
-    statistics.add(_solution([3, 5], [0.1, 0.3], None))
+    statistics.add([SolveRecord.of(_solution([3, 5], [0.1, 0.3], None))])
     figures = statistics.as_dict()
     assert figures is not None
     assert figures["num_evals"]["mean"] == 5.0
@@ -138,7 +146,7 @@ def test_statistics_of_a_run() -> None:
 
 def test_loading_replaces_what_was_there() -> None:
     statistics, other = SolveStatistics(), SolveStatistics()
-    statistics.add(_solution([3], [0.1], None))
-    other.add(_solution([100], [0.9], None))
+    statistics.add([SolveRecord.of(_solution([3], [0.1], None))])
+    other.add([SolveRecord.of(_solution([100], [0.9], None))])
     other.load_state_dict(statistics.state_dict())
     assert other.as_dict() == statistics.as_dict()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from equilibria import UserError
 from equilibria.models.config import ModelConfig
@@ -153,27 +154,53 @@ def test_the_same_seed_gives_the_same_run(make_trainer: TrainerFactory) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_numbers_that_are_not_finite_stop_the_run(make_trainer: TrainerFactory, where: str) -> None:
-    trainer = make_trainer({"train": {"checkpoint_every": 1}})
-    training_loss = trainer.task.training_loss
+def _poison(trainer: Trainer, where: str, steps: set[int]) -> None:
+    """Make the loss, or the gradient alone, of some steps not finite."""
+    training_losses = trainer.task.training_losses
     parameter = next(trainer.task.model.parameters())
 
-    def poisoned(step: int) -> Any:
-        result = training_loss(step)
-        if step == 7 and where == "loss":
-            return result._replace(loss=result.loss * math.nan)
-        if step == 7:
-            # the square root's derivative at zero is infinite, its value is not
-            return result._replace(loss=result.loss + (parameter * 0.0).abs().sum().sqrt())
-        return result
+    def poisoned(step: int, num_chunks: int = 1) -> Any:
+        for result in training_losses(step, num_chunks):
+            if step not in steps:
+                yield result
+            elif where == "loss":
+                yield result._replace(loss=result.loss * math.nan)
+            else:
+                # the square root's derivative at zero is infinite, its value is not
+                yield result._replace(loss=result.loss + (parameter * 0.0).abs().sum().sqrt())
 
-    trainer.task.training_loss = poisoned  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(TrainingError, match=rf"the {where} of step 8 is not finite") as error:
+    trainer.task.training_losses = poisoned  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    make_trainer: TrainerFactory, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer({"train": {"checkpoint_every": 1, "keep_checkpoints": 20}})
+    _poison(trainer, where, {6, 7})
+    assert trainer.fit() == 0
+    assert f"the {where} of step 7 is not finite" in capsys.readouterr().err
+    assert [r.get("skipped_steps") for r in _records(trainer, "train")] == [None, 2, None]
+    weights = [
+        load_file(trainer.run.checkpoints.path(step) / "model.safetensors") for step in (6, 8, 9)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    assert all(math.isfinite(r["loss"]) for r in _records(trainer, "train"))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_many_steps_that_are_not_finite_stop_the_run(
+    make_trainer: TrainerFactory, where: str
+) -> None:
+    trainer = make_trainer({"train": {"checkpoint_every": 1, "max_nonfinite_steps": 3}})
+    _poison(trainer, where, {2, 3, 7, 8, 9})
+    with pytest.raises(TrainingError, match=rf"the {where} of step 10 is not finite") as error:
         trainer.fit()
+    assert "as were 2 steps before it" in str(error.value)
     assert "lower --optimizer.learning-rate" in str(error.value)
     assert "\n" not in str(error.value)
-    assert trainer.run.checkpoints.latest() == 7
+    assert trainer.run.checkpoints.latest() == 9
     resumed = make_trainer(run=trainer.run)
     resumed.resume()
     assert all(p.isfinite().all() for p in resumed.task.model.parameters())
@@ -185,14 +212,14 @@ def test_a_signal_stops_after_the_step_and_saves(
     make_trainer: TrainerFactory, number: signal.Signals
 ) -> None:
     trainer = make_trainer()
-    training_loss = trainer.task.training_loss
+    training_losses = trainer.task.training_losses
 
-    def interrupted(step: int) -> Any:
+    def interrupted(step: int, num_chunks: int = 1) -> Any:
         if step == 6:
             os.kill(os.getpid(), number)
-        return training_loss(step)
+        return training_losses(step, num_chunks)
 
-    trainer.task.training_loss = interrupted  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.task.training_losses = interrupted  # pyright: ignore[reportAttributeAccessIssue]
     assert trainer.fit() == 128 + number
     assert trainer.step == 7
     assert trainer.run.checkpoints.latest() == 7
@@ -202,7 +229,7 @@ def test_stopping_where_a_checkpoint_is_due_writes_it_once(
     make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer({"train": {"eval_every": 100}})
-    training_loss = trainer.task.training_loss
+    training_losses = trainer.task.training_losses
     saved: list[int] = []
     save = type(trainer.run.checkpoints).save
 
@@ -210,13 +237,13 @@ def test_stopping_where_a_checkpoint_is_due_writes_it_once(
         saved.append(step)
         return save(folder, step, *rest)
 
-    def interrupted(step: int) -> Any:
+    def interrupted(step: int, num_chunks: int = 1) -> Any:
         if step == 5:
             os.kill(os.getpid(), signal.SIGINT)
-        return training_loss(step)
+        return training_losses(step, num_chunks)
 
     monkeypatch.setattr(type(trainer.run.checkpoints), "save", counted)
-    trainer.task.training_loss = interrupted  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.task.training_losses = interrupted  # pyright: ignore[reportAttributeAccessIssue]
     assert trainer.fit() == 130
     assert saved == [6]
 

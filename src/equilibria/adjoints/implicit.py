@@ -195,7 +195,9 @@ class _FixedPointEdge:
         self._z = z
         self._taped, self._inputs = problem.tape(z)
         self._replay = Replay(problem.f, self._taped.fz, problem.rounding)
-        forward.notes.setdefault("replay", self._replay)  # the final state comes first
+        # The final state comes first.
+        forward.notes.setdefault("replay", self._replay)
+        forward.notes.setdefault("tape", self._taped)
 
     def attach(self) -> Tensor:
         """The fixed point, carrying the implicit gradient if there is anything to give one to."""

@@ -1,4 +1,4 @@
-"""`equilibria convert`: bring weights of the first public DEQ code into ours."""
+"""`equilibria convert`: bring weights of the first public DEQ code, or torchdeq's, into ours."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
         ConvertOptions(),
         given,
         prog="equilibria convert CHECKPOINT",
-        description="Read weights published for locuslab/deq (.pkl or .pth).",
+        description="Read language models of locuslab/deq (.pkl or .pth) or of torchdeq's "
+        "collection (--recipe wt103-torchdeq).",
     )
     if source is None:
         raise UserError("give the checkpoint to convert: equilibria convert CHECKPOINT [options]")
@@ -76,6 +77,6 @@ def _write(experiment: Experiment, converted: Converted, options: ConvertOptions
     run.write_json("environment.json", {"data": data.describe()})
     if isinstance(data, Corpus):
         run.write_json("vocabulary.json", json.loads(data.vocabulary.to_json()))
-    run.checkpoints.save(0, task.model, {})
+    run.checkpoints.save(0, task.model.state_dict(), {})
     write_text(run.path / "conversion.txt", converted.report() + "\n")
     return run

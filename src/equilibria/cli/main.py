@@ -11,6 +11,7 @@ from equilibria.core.errors import UserError, nearest
 COMMANDS = {
     "train": "train a recipe: equilibria train [RECIPE | CONFIG.json | --resume RUN] [options]",
     "eval": "score a run, with other solver steps or memory: equilibria eval RUN [options]",
+    "report": "show runs in one HTML page: equilibria report RUN [RUN ...] [--output FILE.html]",
     "generate": "continue a text: equilibria generate RUN --prompt TEXT [options]",
     "share": "a folder for others, or the hub: equilibria share RUN --folder DIR --push OWNER/NAME",
     "convert": "bring weights of the first public DEQ code into ours: equilibria convert FILE",

@@ -3,49 +3,159 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import cast
 
 from equilibria import recipes
 from equilibria.cli.main import EXIT_TRAINING_ERROR
 from equilibria.cli.parsing import parse
 from equilibria.core.errors import UserError
+from equilibria.tasks.task import Task
 from equilibria.train.config_file import from_json
+from equilibria.train.engine import Engine, Strategy, start_engine
 from equilibria.train.environment import describe_environment
 from equilibria.train.experiment import Corpus, Data, Experiment
 from equilibria.train.files import read_json
+from equilibria.train.launch import is_launched, launch, run_name
 from equilibria.train.loop import Trainer, TrainingError
 from equilibria.train.report import finish, render
 from equilibria.train.run_folder import RunFolder
 
+_SHORT = {
+    "--data": "--data.folder",
+    "--devices": "--train.devices",
+    "--nodes": "--train.nodes",
+    "--strategy": "--train.strategy",
+    "--precision": "--train.precision",
+}
+"""Options that have a shorter name of their own."""
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """How many processes go on with a run, and how they share the work."""
+
+    devices: int
+    nodes: int
+    strategy: Strategy
+    restarts: int
+    batch_chunks: int
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """What a resumed run may change: nothing that changes its results."""
+
+    train: ProcessOptions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be trained: a configuration, anew or in the folder of a run."""
+
+    recipe: str
+    experiment: Experiment
+    resumed: RunFolder | None = None
+
 
 def main(arguments: Sequence[str]) -> int:
     """Train; 0 when finished, 128 + signal when stopped and saved, 1 when loss is not finite."""
-    given = list(arguments)
-    if "--resume" in given or any(word.startswith("--resume=") for word in given):
-        trainer, data = _resume(given)
-    else:
-        trainer, data = _start(given)
+    plan = _plan([_long_name(word) for word in arguments])
+    config = plan.experiment.train
+    if config.devices > 1 and config.nodes == 1 and not is_launched():
+        threads = max((os.cpu_count() or 1) // config.devices, 1)
+        return launch(worker, arguments, plan.recipe, config.devices, int(config.restarts), threads)
+    engine = start_engine(config.torch_device(), config.devices, config.nodes, config.strategy)
     try:
-        exit_code = trainer.fit()
-        if exit_code:
-            _say_how_to_go_on(trainer, f"stopped after step {trainer.step} and saved")
-            return exit_code
-        summary = finish(trainer, data)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_TRAINING_ERROR
-    except KeyboardInterrupt:
-        # a second Ctrl-C, or one while the report is made
-        steps = trainer.run.checkpoints.steps()
-        if steps:
-            _say_how_to_go_on(trainer, f"stopped at once; step {steps[-1]} is saved")
-        raise
-    print(render(summary, trainer.run))
+        return _train(plan, engine)
+    finally:
+        engine.close()
+
+
+def worker(arguments: list[str]) -> int:
+    """`equilibria train` in one of the processes of a launch; only the first of them speaks."""
+    from equilibria.cli.main import main as equilibria
+
+    with ExitStack() as stack:
+        if os.environ["LOCAL_RANK"] != "0":
+            nobody = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nobody))
+            stack.enter_context(redirect_stderr(nobody))
+        code = equilibria(["train", *arguments])
+    if code >= 128:
+        # Asked to stop: the launcher, who was asked, too, no longer waits for what is returned.
+        sys.exit(code)
+    return code
+
+
+def _train(plan: Plan, engine: Engine) -> int:
+    with ExitStack() as stack:
+        data, trainer = _prepared(plan, engine, stack)
+        try:
+            exit_code = trainer.fit()
+            if not engine.is_main:
+                return exit_code
+            if exit_code:
+                _say_how_to_go_on(trainer, f"stopped after step {trainer.step} and saved")
+                return exit_code
+            summary = finish(trainer, data)
+        except TrainingError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_TRAINING_ERROR
+        except KeyboardInterrupt:
+            # a second Ctrl-C, or one while the report is made
+            steps = trainer.run.checkpoints.steps()
+            if steps:
+                _say_how_to_go_on(trainer, f"stopped at once; step {steps[-1]} is saved")
+            raise
+        print(render(summary, trainer.run))
     return 0
+
+
+def _prepared(plan: Plan, engine: Engine, stack: ExitStack) -> tuple[Data, Trainer]:
+    """Data and trainer in all processes, or an error in all of them.
+
+    The run folder is locked until the stack is closed.
+
+    Raises:
+        UserError: something is wrong here, or in another process.
+    """
+    failure, made = None, None
+    try:
+        data = plan.experiment.data.load()
+        task = plan.experiment.build_task(data)
+        run = None
+        if engine.is_main:
+            run = _run_folder(plan, data, task, engine)
+            stack.enter_context(run.lock())
+            run.remove_leftovers()
+        made = data, task, run
+    except UserError as error:
+        failure = error
+    failures = engine.gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, text in enumerate(failures):
+        if text is not None:
+            raise UserError(f"process {rank} cannot begin: {text}")
+    data, task, run = cast(tuple[Data, Task, RunFolder | None], made)
+    path = engine.from_main(None if run is None else run.path)
+    run = run or RunFolder(cast(Path, path))
+    trainer = Trainer(plan.experiment, task, run, engine)
+    if engine.from_main(bool(run.checkpoints.steps())):
+        trainer.resume()
+        if engine.is_main:
+            print(f"going on after step {trainer.step} in {run.path}", file=sys.stderr)
+    elif plan.resumed is not None:
+        run.checkpoints.latest()  # which says that there is none
+    return data, trainer
 
 
 def _say_how_to_go_on(trainer: Trainer, what: str) -> None:
@@ -78,41 +188,96 @@ def load_config(source: str | None) -> tuple[str, Experiment, str]:
     return recipe.name, recipe.experiment, f"{recipe.description}. Expected: {recipe.expected}"
 
 
-def _start(given: list[str]) -> tuple[Trainer, Data]:
+def _plan(given: list[str]) -> Plan:
+    if "--resume" in given or any(word.startswith("--resume=") for word in given):
+        return _resumed_plan(given)
     source = given.pop(0) if given and not given[0].startswith("-") else None
     name, default, description = load_config(source)
-    given = ["--data.folder" if word == "--data" else word for word in given]
     experiment = parse(default, given, prog=f"equilibria train {name}", description=description)
-    data = experiment.data.load()
-    task = experiment.build_task(data)
-    run = RunFolder.create(experiment.train.folder, name)
-    run.write_config(name, experiment)
+    return Plan(name, experiment)
+
+
+def _resumed_plan(given: list[str]) -> Plan:
+    """A run goes on as it began, on any number of processes."""
+    place = next(i for i, word in enumerate(given) if word.partition("=")[0] == "--resume")
+    folder = given.pop(place).partition("=")[2] or (given.pop(place) if given[place:] else "")
+    changes = {f"--train.{field.name}": field.name for field in fields(ProcessOptions)}
+    named = [word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in given]
+    foreign = [
+        word
+        for at, (word, name) in enumerate(zip(given, named, strict=True))
+        if name not in changes and (at == 0 or named[at - 1] not in changes)
+    ]
+    if not folder or folder.startswith("-") or foreign:
+        raise UserError(
+            "--resume takes one run folder and no other options than --devices, --nodes, "
+            "--strategy, --train.restarts and --train.batch-chunks, because a resumed run keeps "
+            "its configuration; to change something else start anew from RUN/config.json"
+        )
+    run = RunFolder.open(Path(folder))
+    name, experiment, _ = load_config(str(run.config_file))
+    train = experiment.train
+    options = ResumeOptions(
+        ProcessOptions(**{name: getattr(train, name) for name in changes.values()})
+    )
+    chosen = parse(options, given, prog="equilibria train --resume RUN", description="Go on.")
+    changed = replace(train, **vars(chosen.train))
+    return Plan(name, replace(experiment, train=changed), run)
+
+
+def _long_name(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return _SHORT.get(name, name) + equals + value
+
+
+def _run_folder(plan: Plan, data: Data, task: Task, engine: Engine) -> RunFolder:
+    """The folder to train in: of the run to resume, of an attempt before, or a new one."""
+    if plan.resumed is not None:
+        check_data(plan.resumed, data)
+        return plan.resumed
+    parent, shared_name = plan.experiment.train.folder, run_name(plan.recipe)
+    if shared_name is None:
+        run = RunFolder.create(parent, plan.recipe)
+    else:
+        run = RunFolder.create_named(parent / shared_name)
+    if run.config_file.exists():
+        check_same_config(run, plan.recipe, plan.experiment)
+        check_data(run, data)
+        return run
+    _describe(run, plan, data)
+    size = sum(p.numel() for p in task.model.parameters())
+    shared = engine.share.num_processes
+    processes = f", {shared} processes ({plan.experiment.train.strategy})" if shared > 1 else ""
+    print(
+        f"recipe {plan.recipe}, {size:,} parameters{processes}, run folder {run.path}",
+        file=sys.stderr,
+    )
+    return run
+
+
+def _describe(run: RunFolder, plan: Plan, data: Data) -> None:
+    """Write what a run begins with; the configuration last, by which it is one."""
     run.write_json(
         "environment.json",
-        {**describe_environment(experiment.train.torch_device()), "data": data.describe()},
+        {**describe_environment(plan.experiment.train.torch_device()), "data": data.describe()},
     )
     if isinstance(data, Corpus):
         run.write_json("vocabulary.json", json.loads(data.vocabulary.to_json()))
-    size = sum(p.numel() for p in task.model.parameters())
-    print(f"recipe {name}, {size:,} parameters, run folder {run.path}", file=sys.stderr)
-    return Trainer(experiment, task, run), data
+    run.write_config(plan.recipe, plan.experiment)
 
 
-def _resume(given: list[str]) -> tuple[Trainer, Data]:
-    folder = given[0].partition("=")[2] if len(given) == 1 else given[-1]
-    if len(given) > 2 or not folder or folder.startswith("--"):
+def check_same_config(run: RunFolder, recipe: str, experiment: Experiment) -> None:
+    """Refuse to go on in the folder of another run that has the name of this launch.
+
+    Raises:
+        UserError: its configuration differs.
+    """
+    name, saved, _ = load_config(str(run.config_file))
+    if (name, saved) != (recipe, experiment):
         raise UserError(
-            "--resume takes one run folder and no other options, because a resumed run keeps its "
-            "configuration; to change something start anew from RUN/config.json"
+            f"{run.path} is the folder of this launch and holds a run of another configuration; "
+            "give torchrun another --rdzv-id, or --train.folder another place"
         )
-    run = RunFolder.open(Path(folder))
-    _, experiment, _ = load_config(str(run.config_file))
-    data = experiment.data.load()
-    check_data(run, data)
-    trainer = Trainer(experiment, experiment.build_task(data), run)
-    trainer.resume()
-    print(f"going on after step {trainer.step} in {run.path}", file=sys.stderr)
-    return trainer, data
 
 
 def check_data(run: RunFolder, data: Data) -> None:

@@ -10,10 +10,15 @@ from torch import Tensor
 from equilibria.compat.deq_transformer import convert_transformer, is_transformer
 from equilibria.compat.deq_trellisnet import convert_trellisnet, is_trellisnet
 from equilibria.compat.tensors import OldTensors, read_tensors
+from equilibria.compat.torchdeq_transformer import (
+    convert_torchdeq_transformer,
+    is_torchdeq_transformer,
+)
 from equilibria.core.errors import UserError
 from equilibria.models.config import ModelConfig
 from equilibria.models.deq_transformer import DEQTransformerConfig
 from equilibria.models.deq_trellisnet import DEQTrellisNetConfig
+from equilibria.models.stacked_transformer import StackedTransformerConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Converted:
 
 
 def convert(path: Path, config: ModelConfig | None = None) -> Converted:
-    """Read a checkpoint of the first public DEQ code (locuslab/deq).
+    """Read a checkpoint of the first public DEQ code (locuslab/deq), or of torchdeq's.
 
     Args:
         path: a state dict: version 1 saved them as .pkl, version 2 as .pth.
@@ -65,6 +70,10 @@ def _convert(old: OldTensors, config: ModelConfig | None) -> tuple[ModelConfig, 
         rest = DEQTransformerConfig() if config is None else config
         if isinstance(rest, DEQTransformerConfig):
             return convert_transformer(old, rest)
+    elif is_torchdeq_transformer(old):
+        rest = StackedTransformerConfig() if config is None else config
+        if isinstance(rest, StackedTransformerConfig):
+            return convert_torchdeq_transformer(old, rest)
     elif is_trellisnet(old):
         rest = DEQTrellisNetConfig() if config is None else config
         if isinstance(rest, DEQTrellisNetConfig):
@@ -73,9 +82,12 @@ def _convert(old: OldTensors, config: ModelConfig | None) -> tuple[ModelConfig, 
         raise UserError(
             f"the checkpoint is of no model that is converted: it has {len(old.tensors)} tensors "
             f"such as {', '.join(list(old.tensors)[:3])}. Converted are DEQ-Transformer and "
-            "DEQ-TrellisNet language models of locuslab/deq"
+            "DEQ-TrellisNet language models of locuslab/deq, and those of torchdeq"
         )
-    raise UserError(f"the checkpoint is of another model than {type(config).__name__}")
+    raise UserError(
+        f"the checkpoint is of another model than {type(config).__name__}; give the recipe of one "
+        "that is like it (--recipe)"
+    )
 
 
 def _vocabulary_size(weights: dict[str, Tensor]) -> int:

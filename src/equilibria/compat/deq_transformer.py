@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +39,9 @@ def convert_transformer(
     Raises:
         UserError: tensors are missing, foreign, or make a model that we do not have.
     """
-    embeddings = _numbered(old, "word_emb.emb_layers.{}.weight")
-    projections = _numbered(old, "word_emb.emb_projs.{}.weight")
     heads, d_head = old.take(f"{_BLOCK}.dec_attn.r_w_bias", f"{_CELL}.content_bias").shape
     d_model = heads * d_head
     weight_norm = f"{_BLOCK}.dec_attn.qkv_net.weight_g" in old.tensors
-    cutoffs = _cutoffs(embeddings, old)
     expand = old.take(f"{_BLOCK}.pos_ff.ff1_net.bias", f"{_CELL}.expand.bias")
     weights = {
         **_block(old, weight_norm),
@@ -55,7 +53,7 @@ def convert_transformer(
         f"{_CELL}.position_bias": old.take(f"{_BLOCK}.dec_attn.r_r_bias", f"{_CELL}.position_bias"),
         f"{_CELL}.expand.bias": expand,
     }
-    own_projection = _ends(old, weights, embeddings, projections)
+    own_projection, ends = convert_ends(old, weights)
     old.leave("pos_emb.inv_freq", "a constant")
     for copied in ("func_copy.", "deq."):
         old.leave(copied, "a copy of the block")
@@ -67,10 +65,8 @@ def convert_transformer(
         d_inner=len(expand),
         weight_norm=weight_norm,
         attention_bias=True,
-        cutoffs=cutoffs,
-        d_embed=embeddings[0].shape[1],
-        div_val=_div_val(embeddings),
         tie_first_projection=not own_projection,
+        **ends,
     )
     return made, weights
 
@@ -92,6 +88,27 @@ def _block(old: OldTensors, weight_norm: bool) -> dict[str, Tensor]:
     position = old.weight(f"{_BLOCK}.dec_attn.r_net.weight", f"{_CELL}.position.weight")
     found[f"{_CELL}.position.weight"] = position.reshape(position.shape[0], -1)
     return found
+
+
+def convert_ends(old: OldTensors, weights: dict[str, Tensor]) -> tuple[bool, dict[str, Any]]:
+    """Put embedding and softmax beside the other weights.
+
+    Whether the first projection of the softmax is its own, and the options of the configuration
+    that the tensors tell.
+    """
+    embeddings = _numbered(old, "word_emb.emb_layers.{}.weight")
+    projections = _numbered(old, "word_emb.emb_projs.{}.weight")
+    if projections and len(projections) != len(embeddings):
+        raise UserError(
+            f"the embedding has {len(embeddings)} clusters and {len(projections)} projections; the "
+            "checkpoint is damaged or belongs to another model"
+        )
+    options: dict[str, Any] = {
+        "cutoffs": _cutoffs(embeddings, old),
+        "d_embed": embeddings[0].shape[1],
+        "div_val": _div_val(embeddings),
+    }
+    return _ends(old, weights, embeddings, projections), options
 
 
 def _ends(

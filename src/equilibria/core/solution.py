@@ -10,6 +10,7 @@ from torch import Tensor
 
 from equilibria.core.adjoint import BackwardReport
 from equilibria.core.errors import UserError
+from equilibria.core.iterate import Iterate
 from equilibria.core.problem import Problem
 from equilibria.core.pure import is_transformed
 from equilibria.core.replay import Replay
@@ -19,10 +20,14 @@ from equilibria.core.status import Status
 
 @dataclass(frozen=True)
 class Solved:
-    """The point that a solve returned, packed (B, D), and how to recognise f there later."""
+    """The point that a solve returned, packed (B, D), and how to recognise f there later.
+
+    `tape` is the evaluation there that the gradient passes through, of adjoints that have one.
+    """
 
     z: Tensor
     replay: Replay
+    tape: Iterate | None = None
 
 
 @dataclass(frozen=True)

@@ -181,15 +181,19 @@ def _opened(folder: Path, name: str, digest: str) -> WordCorpus:
         vocabulary = WordVocabulary.from_json(
             (folder / "vocabulary.json").read_text(encoding="utf-8")
         )
+        num_unknown = {str(split): int(count) for split, count in header["num_unknown"].items()}
         train, valid, test = (
             _mapped(folder / f"{split}.int32", header["num_tokens"][split]) for split in SPLITS
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+        RecursionError,
+    ) as error:  # fmt: skip
         raise UserError(
             f"the encoded text in '{folder}' is damaged ({error}); delete that folder, and it is "
             "made anew from the text"
         ) from error
-    return WordCorpus(train, valid, test, vocabulary, name, digest, dict(header["num_unknown"]))
+    return WordCorpus(train, valid, test, vocabulary, name, digest, num_unknown)
 
 
 def _mapped(path: Path, count: int) -> Tensor:

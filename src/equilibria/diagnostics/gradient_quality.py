@@ -181,8 +181,10 @@ def _compare(
     report = reference.backward.result
     return GradientQuality(
         method=repr(settings.adjoint),
-        overall=_quality("all together", _joined(found), _joined(wanted)),
-        parameters=tuple(_quality(name, found[i], wanted[i]) for i, name in enumerate(tensors)),
+        overall=tensor_quality("all together", _joined(found), _joined(wanted)),
+        parameters=tuple(
+            tensor_quality(name, found[i], wanted[i]) for i, name in enumerate(tensors)
+        ),
         forward_converged=_share(solution.converged),
         exact_residual=float("nan") if report is None else _largest(report.relative_residual),
         exact_converged=1.0 if report is None else _share(report.status == Status.SUCCESS),
@@ -215,7 +217,14 @@ def _random_direction(z: State) -> Tensor:
     return torch.stack([product.to(products[0]) for product in products]).sum()
 
 
-def _quality(name: str, found: Tensor, wanted: Tensor) -> TensorQuality:
+def tensor_quality(name: str, found: Tensor, wanted: Tensor) -> TensorQuality:
+    """One gradient beside the exact one.
+
+    Args:
+        name: of the parameter.
+        found: by the cheap method.
+        wanted: the exact one, of the same shape.
+    """
     a, b = found.detach().double().flatten(), wanted.detach().double().flatten()
     length, reference = float(a.norm()), float(b.norm())
     both = length * reference

@@ -10,22 +10,32 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from equilibria.core.errors import UserError
+from equilibria.diagnostics.series import (
+    Points,
+    Record,
+    as_number,
+    columns,
+    curve,
+    curves_by_sample,
+    end_of_unrolling,
+    finite_values,
+    half_window,
+    median_curve,
+    records_of,
+    running_mean,
+    split_at,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Record = dict[str, Any]
-Points = list[tuple[float, float]]  # (step, value), by step; a value that is not finite is NaN
 
 # Okabe and Ito's colours, told apart with any colour vision.
 _FORWARD, _BACKWARD, _FAILED, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#595959"
@@ -100,27 +110,27 @@ def draw_loss(records: list[Record], baselines: Mapping[str, float] | None = Non
         records: as from `read_metrics`.
         baselines: see `plot_run`.
     """
-    train, valid = _series(records, "train", "loss"), _series(records, "valid", "loss")
-    if not _finite(train):
+    train, valid = curve(records, "train", "loss"), curve(records, "valid", "loss")
+    if not finite_values(train):
         return None
     figure = _figure("Training and validation loss")
     axes = figure.subplots()
     last = _frame_steps(axes, train, valid)
     smooth = _curve(axes, train, None, _FORWARD)
-    axes.plot(*_columns(valid), color=_BACKWARD, marker="o", markersize=4, linewidth=1.5)
+    axes.plot(*columns(valid), color=_BACKWARD, marker="o", markersize=4, linewidth=1.5)
 
     references = {
         _BASELINE_NAMES.get(name, name): _to_nats(bits)
         for name, bits in (baselines or {}).items()
         if math.isfinite(bits)
     }
-    losses = _finite(train) + _finite(valid)
+    losses = finite_values(train) + finite_values(valid)
     if min(losses) * _LINEAR_SPAN > _usual_top(losses):
         axes.set_ylim(*_loss_limits(losses, list(references.values())))
     else:
         _log_scale(axes, losses + list(references.values()))
     bottom, top = axes.get_ylim()
-    ends = [_End("train, smoothed" if _reach(train) else "train", smooth, _FORWARD)]
+    ends = [_End("train, smoothed" if half_window(train) else "train", smooth, _FORWARD)]
     ends += [_End("validation", valid, _BACKWARD)]
     for name, loss in references.items():
         if bottom < loss < top:
@@ -134,14 +144,14 @@ def draw_loss(records: list[Record], baselines: Mapping[str, float] | None = Non
     bits.set_ylabel("loss (bits per token)")
 
     notes: list[str] = []
-    if _finite(valid):
+    if finite_values(valid):
         step, lowest = min((p for p in valid if math.isfinite(p[1])), key=lambda p: p[1])
         shown = f"{lowest:.3f}" if lowest >= 0.05 else f"{lowest:.2e}"
         notes.append(f"lowest validation loss {shown} at step {step:,.0f}")
     highest = max(losses)
     if highest > top:
         notes.append(f"highest loss {highest:.3g}, off the top")
-    num_failed = len(train) - len(_finite(train))
+    num_failed = len(train) - len(finite_values(train))
     if num_failed:
         notes.append(f"shaded: {num_failed:,} of {len(train):,} training losses are not finite")
     _subtitle(figure, notes)
@@ -151,7 +161,7 @@ def draw_loss(records: list[Record], baselines: Mapping[str, float] | None = Non
 def draw_solver(records: list[Record]) -> Figure | None:
     """Evaluations and residuals of both solves over the steps; None if none was recorded."""
     series = {
-        key: _series(records, "train", key)
+        key: curve(records, "train", key)
         for key in (
             "num_evals",
             "backward_num_evals",
@@ -159,11 +169,11 @@ def draw_solver(records: list[Record]) -> Figure | None:
             "backward_relative_residual",
         )
     }
-    if not any(_finite(points) for points in series.values()):
+    if not any(finite_values(points) for points in series.values()):
         return None
     figure = _figure("Work and accuracy of the solves in training")
     panels = figure.subplots(2, 1, sharex=True)
-    border = _border(records)
+    border = end_of_unrolling(records)
     notes: list[str] = []
     failed = smoothed = False
     for axes, name in zip(panels, ("num_evals", "relative_residual"), strict=True):
@@ -173,8 +183,8 @@ def draw_solver(records: list[Record]) -> Figure | None:
         for colour, (side, points) in zip((_FORWARD, _BACKWARD), sides.items(), strict=True):
             smooth = _curve(axes, points, border, colour)
             ends.append(_End(side, smooth, colour))
-            smoothed |= _reach(points) > 0
-        values = [value for points in sides.values() for value in _finite(points)]
+            smoothed |= half_window(points) > 0
+        values = [value for points in sides.values() for value in finite_values(points)]
         failed |= _shade_failures(axes, *sides.values())
         if name == "num_evals":
             axes.set_ylim(0, 1.18 * max([*values, 1.0]))  # room for a name at the top
@@ -189,8 +199,8 @@ def draw_solver(records: list[Record]) -> Figure | None:
     upper.set_ylabel("function evaluations\nper sample (mean)")
     lower.set_ylabel("relative residual\n(mean over samples)")
 
-    if not _finite(series["backward_num_evals"]):
-        unrolled = all(r.get("phase") == "unrolled" for r in _of_kind(records, "train"))
+    if not finite_values(series["backward_num_evals"]):
+        unrolled = all(r.get("phase") == "unrolled" for r in records_of(records, "train"))
         notes.append("all steps unrolled: no backward solves" if unrolled else "no backward solves")
     if failed:
         notes.append("shaded: residual not finite")
@@ -202,14 +212,14 @@ def draw_solver(records: list[Record]) -> Figure | None:
 
 def draw_convergence(records: list[Record]) -> Figure | None:
     """Residual by solver step in the last trace; None if there is none or it is empty."""
-    traces = _of_kind(records, "trace")
+    traces = records_of(records, "trace")
     if not traces:
         return None
     trace = traces[-1]
-    sides = {side: _samples(trace.get(side)) for side in ("forward", "backward")}
-    tolerances = {side: _number(trace.get(f"{side}_tolerance")) for side in sides}
+    sides = {side: curves_by_sample(trace.get(side)) for side in ("forward", "backward")}
+    tolerances = {side: as_number(trace.get(f"{side}_tolerance")) for side in sides}
     tolerances = {side: t if t and math.isfinite(t) else None for side, t in tolerances.items()}
-    values = [v for samples in sides.values() for points in samples for v in _finite(points)]
+    values = [v for samples in sides.values() for points in samples for v in finite_values(points)]
     if not values:
         return None
     lengths = [max(map(len, samples)) for samples in sides.values() if samples]
@@ -238,13 +248,13 @@ def _draw_samples(axes: Axes, samples: list[Points], colour: str) -> float:
     """Draw every sample and their median; return the step where the median ends."""
     alpha = min(max(8.0 / len(samples), 0.08), 0.4)
     for points in samples:
-        axes.plot(*_columns(points), color=colour, alpha=alpha, linewidth=0.8)
+        axes.plot(*columns(points), color=colour, alpha=alpha, linewidth=0.8)
         ended = [p for p in points if math.isfinite(p[1])][-1:]
-        axes.plot(*_columns(ended), color=colour, alpha=alpha, marker="o", markersize=2.5)
-    median = _median(samples)
-    axes.plot(*_columns(median), color=colour, linewidth=2.5)
+        axes.plot(*columns(ended), color=colour, alpha=alpha, marker="o", markersize=2.5)
+    median = median_curve(samples)
+    axes.plot(*columns(median), color=colour, linewidth=2.5)
     ended = [p for p in median if math.isfinite(p[1])][-1:]
-    axes.plot(*_columns(ended), color=colour, marker="o", markersize=5)
+    axes.plot(*columns(ended), color=colour, marker="o", markersize=5)
     for point in ended:
         place = point[0] / axes.get_xlim()[1]
         ha = "right" if place > 0.85 else "left" if place < 0.15 else "center"
@@ -267,7 +277,7 @@ def _describe(side: str, samples: list[Points], tolerance: float | None) -> str:
         return f"{side.capitalize()}: no solve recorded"
     if not tolerance:
         return f"{side.capitalize()}: {len(samples)} sample{'s' if len(samples) > 1 else ''}"
-    reached = sum(min(_finite(points), default=math.inf) <= tolerance for points in samples)
+    reached = sum(min(finite_values(points), default=math.inf) <= tolerance for points in samples)
     return f"{side.capitalize()}: {reached} of {len(samples)} reach the tolerance"
 
 
@@ -320,17 +330,17 @@ def _curve(axes: Axes, points: Points, border: float | None, colour: str) -> Poi
     """
     means: Points = []
     marker = "." if len(points) < 40 else ""  # a lone value is no line
-    for part in _parts(points, border):
-        smooth = _smooth(part, _reach(points))
-        axes.plot(*_columns(part), color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(*_columns(smooth), color=colour, linewidth=2, marker=marker)
+    for part in split_at(points, border):
+        smooth = running_mean(part, half_window(points))
+        axes.plot(*columns(part), color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(*columns(smooth), color=colour, linewidth=2, marker=marker)
         means += smooth
     return means
 
 
 def _mark_border(axes: Axes, records: list[Record], label: bool = True) -> None:
     """Vertical line where unrolled pre-training ended, named at its roomier side."""
-    border = _border(records)
+    border = end_of_unrolling(records)
     if border is None:
         return
     axes.axvline(border, color=_GREY, linewidth=1, zorder=1)
@@ -469,93 +479,6 @@ def _to_bits(nats: Any) -> Any:
 
 def _to_nats(bits: Any) -> Any:
     return bits * math.log(2.0)
-
-
-# --- Numbers -------------------------------------------------------------------------------------
-
-
-def _of_kind(records: list[Record], kind: str) -> list[Record]:
-    return [r for r in records if r.get("kind") == kind and isinstance(r.get("step"), int)]
-
-
-def _number(value: Any) -> float | None:
-    """The value if it is a number; NaN if it is one that is not finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else math.nan
-
-
-def _series(records: list[Record], kind: str, key: str) -> Points:
-    """Values of a key over steps; a step that was written twice counts with its last value."""
-    values = {r["step"]: _number(r.get(key)) for r in _of_kind(records, kind)}
-    return [(float(step), value) for step, value in sorted(values.items()) if value is not None]
-
-
-def _samples(rows: Sequence[Sequence[Any]] | None) -> list[Points]:
-    """Residuals over solver steps by sample, without the nulls after a sample finished."""
-    numbers = [[(float(i), _number(value)) for i, value in enumerate(row)] for row in rows or []]
-    samples = [[(i, value) for i, value in row if value is not None] for row in numbers]
-    return [sample for sample in samples if sample]
-
-
-def _finite(points: Points) -> list[float]:
-    return [value for _, value in points if math.isfinite(value)]
-
-
-def _columns(points: Points) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _border(records: list[Record]) -> float | None:
-    """Last unrolled step, if equilibrium steps follow."""
-    train = _of_kind(records, "train")
-    unrolled = [r["step"] for r in train if r.get("phase") == "unrolled"]
-    return max(unrolled) if 0 < len(unrolled) < len(train) else None
-
-
-def _parts(points: Points, border: float | None) -> list[Points]:
-    """Points up to the border and after it: the two phases are no one curve."""
-    if border is None:
-        return [points]
-    return [[p for p in points if p[0] <= border], [p for p in points if p[0] > border]]
-
-
-def _reach(points: Points) -> int:
-    """Half the window of the running mean: both halves are a twentieth of the run."""
-    return len(points) // 40
-
-
-def _smooth(points: Points, reach: int) -> Points:
-    """Mean over up to `reach` finite neighbours on each side; NaN stays NaN.
-
-    At the start the window looks less far ahead, which would hide the first descent.
-    """
-    sums = list(accumulate((y if math.isfinite(y) else 0.0 for _, y in points), initial=0.0))
-    counts = list(accumulate((int(math.isfinite(y)) for _, y in points), initial=0))
-    means: Points = []
-    for i, (x, y) in enumerate(points):
-        ahead = max(min(reach, i), reach // 4)
-        low, high = max(i - reach, 0), min(i + ahead + 1, len(points))
-        total, count = sums[high] - sums[low], counts[high] - counts[low]
-        means.append((x, y if reach == 0 or not math.isfinite(y) else total / count))
-    return means
-
-
-def _median(samples: list[Points]) -> Points:
-    """Median by step until half the samples have finished; those count with their last residual.
-
-    Past that point it would be flat whatever the others do, and look like stagnation. A sample
-    that is not finite counts as the worst.
-    """
-    points: Points = []
-    lengths = [len(sample) for sample in samples]
-    for step in range(max(lengths)):
-        reached = [s[min(step, len(s) - 1)][1] for s in samples]
-        middle = statistics.median(v if math.isfinite(v) else math.inf for v in reached)
-        points.append((step, middle if math.isfinite(middle) else math.nan))
-        if 2 * sum(length > step + 1 for length in lengths) < len(samples):
-            break
-    return points
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -11,6 +11,7 @@ from equilibria.models.config import ModelConfig
 from equilibria.models.deq_transformer import DEQTransformerConfig
 from equilibria.models.deq_trellisnet import DEQTrellisNetConfig
 from equilibria.models.recurrent import RecurrentConfig
+from equilibria.models.stacked_transformer import StackedTransformerConfig
 from equilibria.models.tcn import TCNConfig
 from equilibria.models.transformer_xl import TransformerXLConfig
 from equilibria.models.trellisnet import TrellisNetConfig
@@ -32,6 +33,7 @@ class Architecture:
 ARCHITECTURES = {
     "DEQTransformer": Architecture(DEQTransformerConfig(), lambda _: 1),
     "TransformerXL": Architecture(TransformerXLConfig(), lambda c: 1 if c.tied else c.num_layers),
+    "StackedTransformer": Architecture(StackedTransformerConfig(), lambda c: c.num_blocks),
     "DEQTrellisNet": Architecture(DEQTrellisNetConfig(), lambda _: 1),
     "TrellisNet": Architecture(TrellisNetConfig(), lambda _: 1),
     "Recurrent": Architecture(RecurrentConfig(), lambda c: c.num_layers),

@@ -1,8 +1,7 @@
 """WikiText-103 DEQ-Transformer of 98M parameters with adaptive embedding, post-norm, as published.
 
 Published: 24.0 test perplexity with 30 evaluations (arXiv 2106.14342, the unregularised
-DEQ-Transformer); the medium model of arXiv 1909.01377, table 3, whose 110M parameters are not
-reached by any setting that is published, has 23.2.
+DEQ-Transformer); the medium model of arXiv 1909.01377 is wt103-deq-transformer-medium-adaptive.
 
 Settings of the first public code, four GPUs; 300 thousand steps, of which the first 32 thousand
 unroll two layers. Not run here: the training text needs a download ('equilibria data get

@@ -34,8 +34,8 @@ class JacobianRegularizer(Options):
     on, or stop converging: without it nothing in the loss rewards a map that is easy to solve. A
     weight that is too large costs accuracy.
 
-    Cost of a step where it applies: one evaluation of f and `num_probes` vector-Jacobian products,
-    recorded, and their own backward pass. At other steps: nothing.
+    Cost of a step where it applies: one evaluation of f (none where it is shared) and `num_probes`
+    vector-Jacobian products, recorded, and their own backward pass. At other steps: nothing.
 
     Whether it applies at a step is decided by a hash of (seed, step) and by nothing else: all ranks
     of a distributed training decide alike, without which collectives inside f (FSDP) would wait for
@@ -50,6 +50,7 @@ class JacobianRegularizer(Options):
         num_probes: vectors per estimate; 1 is enough for training, where steps average.
         distribution: of the probes; see `jacobian_penalty`.
         through_state: see `jacobian_penalty`.
+        share_evaluation: see `jacobian_penalty`.
         seed: of the decisions. The same on all ranks.
 
     Raises:
@@ -65,6 +66,7 @@ class JacobianRegularizer(Options):
     num_probes: int = 1
     distribution: Probes = "rademacher"
     through_state: bool = False
+    share_evaluation: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class JacobianRegularizer(Options):
         if self.probability > 1.0:
             raise UserError(f"probability={self.probability} must lie between 0 and 1")
         _check_probes(self.num_probes, self.distribution)
+        _check_sharing(self.share_evaluation, self.through_state)
 
     def __call__(
         self,
@@ -100,6 +103,7 @@ class JacobianRegularizer(Options):
             num_probes=self.num_probes,
             distribution=self.distribution,
             through_state=self.through_state,
+            share_evaluation=self.share_evaluation,
             generator=generator,
         )
         return weight * penalty.sum() / _num_problems(solution, penalty)
@@ -125,6 +129,7 @@ def jacobian_penalty(
     num_probes: int = 1,
     distribution: Probes = "rademacher",
     through_state: bool = False,
+    share_evaluation: bool = False,
     generator: torch.Generator | None = None,
     probes: Sequence[State] | None = None,
 ) -> Tensor:
@@ -151,6 +156,10 @@ def jacobian_penalty(
             gradient lowers the Jacobian where the state is now. True adds the way that z* itself
             moves: the total derivative, as exact as the adjoint of the solve, for one more
             backward solve.
+        share_evaluation: differentiate the evaluation that the gradient of z* passes through anyway
+            (`Implicit`), instead of one more; with other adjoints there is none to share. Loss and
+            penalty then belong to one graph, as two losses of one network do: add them and call
+            backward once, or give retain_graph=True to the first of two.
         generator: for the probes, on the device of the state; None is torch's own.
         probes: vectors to use instead of random ones, each of the form of z; exact with the D
             columns of sqrt(D) times an orthogonal matrix.
@@ -168,6 +177,7 @@ def jacobian_penalty(
         Hutchinson, A stochastic estimator of the trace of the influence matrix (1990).
     """
     _check_probes(num_probes, distribution)
+    _check_sharing(share_evaluation, through_state)
     problem = solved_problem(solution)
     _check_mode(solution.residual)
     layout = problem.layout
@@ -176,9 +186,11 @@ def jacobian_penalty(
     vectors = (
         _drawn(z, num_probes, distribution, generator) if probes is None else _given(layout, probes)
     )
-    at = z if through_state and trains else z.detach().requires_grad_()
-    with torch.enable_grad():
-        taped = Iterate(at, image_again(solution, at))
+    taped = solution.solved.tape if share_evaluation and solution.solved is not None else None
+    if taped is None:
+        at = z if through_state and trains else z.detach().requires_grad_()
+        with torch.enable_grad():
+            taped = Iterate(at, image_again(solution, at))
     return _estimate(layout, taped, vectors, trains=trains)
 
 
@@ -269,6 +281,14 @@ def _check_probes(num_probes: int, distribution: str) -> None:
         raise UserError(
             f"distribution={distribution!r} is not one of {', '.join(map(repr, get_args(Probes)))}"
             f"{nearest(str(distribution), get_args(Probes))}"
+        )
+
+
+def _check_sharing(share_evaluation: bool, through_state: bool) -> None:
+    if share_evaluation and through_state:
+        raise UserError(
+            "the evaluation that share_evaluation=True would use was made at a constant z*, and "
+            "through_state=True needs one that depends on it; give one of the two"
         )
 
 

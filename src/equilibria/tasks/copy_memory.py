@@ -25,6 +25,7 @@ from equilibria.tasks.task import (
     StepLoss,
     Task,
     TaskConfig,
+    chunks,
 )
 
 _ALPHABET_SIZE = 8
@@ -115,14 +116,22 @@ class CopyMemory(Task):
         count = self._source.num_symbols
         return {"memoryless": count * math.log(_ALPHABET_SIZE) / self._source.length}
 
-    def training_loss(self, step: int) -> StepLoss:
-        """Mean cross-entropy of the next batch; see `Task.training_loss`."""
+    def training_losses(self, step: int, num_chunks: int = 1) -> Iterator[StepLoss]:
+        """Mean cross-entropy of the next batch; see `Task.training_losses`."""
         batch = self._source.training_batch(self._num_served, self.config.batch_size)
         self._num_served += 1
+        rows = self.share.rows(self.config.batch_size)
+        inputs, targets = batch.inputs[rows], batch.targets[rows]
+        for chunk in chunks((inputs, targets), num_chunks):
+            loss = self._chunk_loss(step, *chunk)
+            yield loss._replace(weight=len(chunk[0]) / len(inputs))
+
+    def _chunk_loss(self, step: int, inputs: Tensor, targets: Tensor) -> StepLoss:
+        """Loss of some rows."""
         unrolled = step < self.config.pretrain_steps
         settings = unrolled_settings(self.config.pretrain_layers) if unrolled else None
-        output = self._call(batch, settings=settings)
-        logits, targets = output.logits.float(), batch.targets.to(output.logits.device)
+        output = self._call(self.distributed or self.model, inputs, settings=settings)
+        logits, targets = output.logits.float(), targets.to(output.logits.device)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         phase: Phase = "unrolled" if unrolled else "equilibrium"
         return StepLoss(
@@ -148,8 +157,9 @@ class CopyMemory(Task):
         try:
             with torch.no_grad():
                 for batch in self._source.evaluation_batches(split, self.config.eval_batch_size):
-                    output = self._call(batch)
-                    logits, targets = output.logits.double().cpu(), batch.targets
+                    rows = self.share.rows_if_equal(len(batch.inputs))
+                    output = self._call(self.model, batch.inputs[rows])
+                    logits, targets = output.logits.double().cpu(), batch.targets[rows]
                     total += F.cross_entropy(
                         logits.flatten(0, 1), targets.flatten(), reduction="sum"
                     ).item()
@@ -178,7 +188,7 @@ class CopyMemory(Task):
         self.model.eval()
         try:
             with torch.enable_grad():
-                output = self._call(batch, trace=True)
+                output = self._call(self.model, batch.inputs, trace=True)
                 if output.solution is None:
                     return None
                 targets = batch.targets.to(output.logits.device)
@@ -203,11 +213,14 @@ class CopyMemory(Task):
         self._num_served = int(state["num_served"])
 
     def _call(
-        self, batch: Batch, settings: SolveSettings | None = None, trace: bool = False
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        settings: SolveSettings | None = None,
+        trace: bool = False,
     ) -> SequenceOutput:
         device = next(self.model.parameters()).device
-        model = cast(SequenceModel, self.model)
-        return model(batch.inputs.to(device), settings=settings, trace=trace)
+        return cast(SequenceModel, model)(inputs.to(device), settings=settings, trace=trace)
 
     def _recalled(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Whether each symbol (B, n) at the end is the most likely one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -25,6 +25,7 @@ from equilibria.tasks.task import (
     StepLoss,
     Task,
     TaskConfig,
+    chunks,
 )
 
 
@@ -155,36 +156,67 @@ class LanguageModeling(Task):
         return cast(LanguageModel, self.model)
 
     @property
+    def _trained(self) -> LanguageModel:
+        return cast(LanguageModel, self.distributed or self.model)
+
+    @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def training_loss(self, step: int) -> StepLoss:
-        """Mean cross-entropy of the next segment; see `Task.training_loss`."""
+    def training_losses(self, step: int, num_chunks: int = 1) -> Iterator[StepLoss]:
+        """Mean cross-entropy of the next segment; see `Task.training_losses`."""
         segment = self._training.next_segment()
-        if segment.starts:
-            self._memory = None
+        rows = self.share.rows(len(segment.inputs))
+        before = self._memory
+        if segment.starts or before is None:
+            before = ()
+        inputs, targets = segment.inputs[rows], segment.targets[rows]
+        memories: list[tuple[Tensor, ...]] = []
+        for chunk in chunks((inputs, targets, *before), num_chunks):
+            loss, memory = self._chunk_loss(step, chunk[0], chunk[1], chunk[2:])
+            memories.append(memory)
+            if len(memories) == num_chunks:  # before the last is handed out: nobody may come back
+                self._memory = self._joined(memories)
+            yield loss._replace(weight=len(chunk[0]) / len(inputs))
+
+    def _chunk_loss(
+        self, step: int, inputs: Tensor, targets: Tensor, memory: Sequence[Tensor]
+    ) -> tuple[StepLoss, tuple[Tensor, ...]]:
+        """Loss of some rows, and the memory they leave."""
         unrolled = step < self.config.pretrain_steps
-        output = self.language_model(
-            segment.inputs.to(self._device),
-            self._memory,
-            targets=segment.targets.to(self._device),
+        output = self._trained(
+            inputs.to(self._device),
+            self.language_model.memory_from(memory) if memory else None,
+            targets=targets.to(self._device),
             memory_length=self.config.memory_length,
             settings=self._settings(step),
         )
-        self._memory = output.memory if self.config.memory_length else None
-        loss = _losses(output).mean()
         phase: Phase = "unrolled" if unrolled else "equilibrium"
         penalty = None
         if output.solution is not None and not unrolled:
             penalty = self.config.stabilisers.penalty(output.solution, step, self._seed)
-        return StepLoss(
-            loss,
-            segment.targets.numel(),
+        loss = StepLoss(
+            _losses(output).mean(),
+            targets.numel(),
             output.solution,
             "explicit" if output.solution is None else phase,
             {} if penalty is None else {"jacobian_penalty": penalty},
             penalty,
         )
+        return loss, output.memory if self.config.memory_length else ()
+
+    def _joined(self, memories: Sequence[tuple[Tensor, ...]]) -> Any:
+        """The memory of all rows of this process."""
+        if not memories[0]:
+            return None
+        if len(memories) == 1:
+            return memories[0]
+        parts = [torch.cat(tensors) for tensors in zip(*memories, strict=True)]
+        return self.language_model.memory_from(parts)
+
+    def recover(self) -> None:
+        """Forget the memory; the streams go on without context."""
+        self._memory = None
 
     def _settings(self, step: int) -> SolveSettings | None:
         """Of the solve of a training step; None for those of the model."""
@@ -205,15 +237,17 @@ class LanguageModeling(Task):
             with torch.no_grad():
                 for segment in self._evaluation(split):
                     memory = None if segment.starts else memory
+                    rows = self.share.rows_if_equal(len(segment.inputs))
+                    targets = segment.targets[rows]
                     output = self.language_model(
-                        segment.inputs.to(self._device),
+                        segment.inputs[rows].to(self._device),
                         memory,
-                        targets=segment.targets.to(self._device),
+                        targets=targets.to(self._device),
                         memory_length=self.config.memory_length_in_evaluation,
                     )
                     memory = output.memory if self.config.memory_length_in_evaluation else None
                     total += _losses(output).sum().item()
-                    num_items += int((segment.targets >= 0).sum())
+                    num_items += int((targets >= 0).sum())
                     if output.solution is not None:
                         solves.append(SolveFigures.of(output.solution))
         finally:
@@ -256,14 +290,20 @@ class LanguageModeling(Task):
         memory = None if self._memory is None else [t.cpu() for t in self._memory]
         return {"training": self._training.state_dict(), "memory": memory}
 
+    def gathered(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The memory of all rows; see `Task.gathered`."""
+        memories = [state["memory"] for state in states]
+        memory = memories[0] and [torch.cat(parts) for parts in zip(*memories, strict=True)]
+        return {**states[0], "memory": memory}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`; see `Task.load_state_dict`."""
+        """Restore this share of the rows; see `Task.load_state_dict`."""
         self._training.load_state_dict(state["training"])
-        tensors = state["memory"]
+        tensors, rows = state["memory"], self.share.rows(self.config.batch_size)
         self._memory = (
             None
             if tensors is None
-            else self.language_model.memory_from([t.to(self._device) for t in tensors])
+            else self.language_model.memory_from([t[rows].to(self._device) for t in tensors])
         )
 
 

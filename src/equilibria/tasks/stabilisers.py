@@ -67,4 +67,6 @@ class StabiliserConfig:
         weight = StepwiseWeight(
             self.jacobian_weight, self.jacobian_increase, self.jacobian_increase_every
         )
-        return JacobianRegularizer(weight, self.jacobian_probability, seed=seed)
+        return JacobianRegularizer(
+            weight, self.jacobian_probability, share_evaluation=True, seed=seed
+        )

@@ -8,7 +8,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,10 +16,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from equilibria.core.errors import UserError
-from equilibria.train.files import flush_folder, read_json, write_json
+from equilibria.train.files import flush_folder, read_json, remove_temporaries, write_json
+from equilibria.train.shards import load_weights
 
 _NAME = re.compile(r"step-(\d{8})")
 _WEIGHTS, _TRAINING, _BEST = "model.safetensors", "training.pt", "best.json"
+
+
+class _Mark(NamedTuple):
+    """Loss and step of one of the best; losses are compared first."""
+
+    loss: float
+    step: int
+
+    @staticmethod
+    def of(entry: object) -> _Mark | None:
+        """Read one; None where it is something else."""
+        match entry:
+            case {"step": int(step), "loss": int() | float() as loss}:
+                return _Mark(float(loss), step)
+            case _:
+                return None
 
 
 @dataclass(frozen=True)
@@ -59,33 +76,38 @@ class CheckpointFolder:
 
     def best(self) -> int:
         """Step of the best checkpoint on the validation split; the newest if none is marked."""
-        step, _ = self._mark()
-        return self.latest() if step is None else step
+        marks = self._marks()
+        return marks[0].step if marks else self.latest()
 
-    def best_loss(self) -> float:
-        """Validation loss of the best checkpoint, infinity if none is marked."""
-        return self._mark()[1]
+    def best_loss(self, rank: int = 1) -> float:
+        """Validation loss of the best checkpoint, or the second best ...; infinity for none."""
+        marks = self._marks()
+        return marks[rank - 1].loss if len(marks) >= rank else math.inf
 
-    def _mark(self) -> tuple[int | None, float]:
-        """Step and loss of the best checkpoint; a mark of one that is gone counts for nothing."""
+    def _marks(self) -> list[_Mark]:
+        """Best checkpoints, the best first; marks of those that are gone count for nothing."""
         file, advice = self.folder / _BEST, "delete it to use the newest checkpoint"
         if not file.exists():
-            return None, math.inf
+            return []
         match read_json(file, advice):
-            case {"step": int(step), "loss": int() | float() as loss}:
-                return (step, float(loss)) if step in self.steps() else (None, math.inf)
-            case _:
-                raise UserError(f"{file} holds no step and loss; {advice}")
+            case {"best": list(entries)}:
+                marks = [_Mark.of(entry) for entry in cast(list[Any], entries)]
+            case entry:  # of one checkpoint, as it was written at first
+                marks = [_Mark.of(entry)]
+        present = self.steps()
+        found = [mark for mark in marks if mark is not None]
+        if len(found) < len(marks):
+            raise UserError(f"{file} holds no step and loss; {advice}")
+        return sorted(mark for mark in found if mark.step in present)
 
-    def save(self, step: int, model: nn.Module, training: dict[str, Any]) -> Path:
+    def save(self, step: int, weights: dict[str, Tensor], training: dict[str, Any]) -> Path:
         """Write a checkpoint beside the others and move it into place when it is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (*self.folder.glob(".writing-*"), *self.folder.glob(".former-*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self.remove_leftovers()
         temporary = self.folder / f".writing-{step:08d}"
         temporary.mkdir()
         try:
-            save_file(_contiguous(model.state_dict()), temporary / _WEIGHTS)
+            save_file(_contiguous(weights), temporary / _WEIGHTS)
             torch.save(training, temporary / _TRAINING)
             for file in temporary.iterdir():
                 with file.open("rb") as handle:
@@ -97,6 +119,12 @@ class CheckpointFolder:
             raise
         flush_folder(self.folder)
         return self.path(step)
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed process was about to write."""
+        for leftover in (*self.folder.glob(".writing-*"), *self.folder.glob(".former-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        remove_temporaries(self.folder / _BEST)
 
     def _put_in_place(self, complete: Path, target: Path) -> None:
         """Rename a complete checkpoint; one of the same step makes way only for the new one."""
@@ -112,16 +140,19 @@ class CheckpointFolder:
             raise
         shutil.rmtree(former, ignore_errors=True)
 
-    def mark_best(self, step: int, loss: float) -> None:
-        """Remember which checkpoint has the lowest validation loss."""
-        write_json(self.folder / _BEST, {"step": step, "loss": loss})
+    def mark_best(self, step: int, loss: float, keep: int = 1) -> None:
+        """Remember a checkpoint as one of the `keep` with the lowest validation loss."""
+        others = [mark for mark in self._marks() if mark.step != step]
+        best = sorted([*others, _Mark(loss, step)])[:keep]
+        marks = [{"step": mark.step, "loss": mark.loss} for mark in best]
+        write_json(self.folder / _BEST, {"best": marks})
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints and the best one."""
+        """Delete all but the newest `keep` checkpoints and the best ones."""
         steps = self.steps()
         if not steps:
             return
-        kept = {*steps[-keep:], self.best()}
+        kept = {*steps[-keep:], *(mark.step for mark in self._marks())}
         for step in steps:
             if step not in kept:
                 shutil.rmtree(self.path(step))
@@ -146,7 +177,7 @@ class CheckpointFolder:
                 "(--checkpoint STEP)"
             ) from error
         _check_fit(file, weights, model.state_dict())
-        model.load_state_dict(weights)
+        load_weights(model, weights)
 
     def load_training(self, step: int) -> dict[str, Any]:
         """Read what training needs to go on from a checkpoint.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -13,6 +15,8 @@ from equilibria import registry
 from equilibria.core.errors import UserError, nearest
 
 Config = TypeVar("Config")
+TRUST = "EQUILIBRIA_TRUST"
+"""Environment variable: packages, with commas, whose classes a configuration file may name."""
 
 
 def to_json(config: Any) -> Any:
@@ -39,8 +43,8 @@ def from_json(default: Config, values: object, path: str = "", *, outside: bool 
         default: a configuration of the right types.
         values: what the file says.
         path: of these options inside of the whole, for messages.
-        outside: whether plug-ins may be classes of other packages, which are imported then; not
-            for files of strangers.
+        outside: whether plug-ins may be classes of other packages that the user trusts; without,
+            of none.
 
     Raises:
         UserError: an unknown option, or a value of the wrong type or out of range.
@@ -82,10 +86,11 @@ def _expected(hint: Any, given: object) -> str:
 
 def _make_converter(outside: bool) -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
+    check = _trusted if outside else _ours
     for kind in registry.KINDS:
         converter.register_structure_hook_func(
             lambda hint, kind=kind: hint is kind,
-            lambda value, _, kind=kind: registry.parse(kind, _strict(str, value), outside=outside),
+            lambda value, _, kind=kind: registry.parse(kind, check(_strict(str, value))),
         )
     converter.register_structure_hook(Path, lambda value, _: Path(_strict(str, value)))
     converter.register_structure_hook(float, lambda value, _: float(_strict((int, float), value)))
@@ -94,6 +99,39 @@ def _make_converter(outside: bool) -> cattrs.Converter:
             plain, lambda value, _, plain=plain: _strict(plain, value)
         )
     return converter
+
+
+def _trusted(description: str) -> str:
+    """A plug-in of ours, or of a module that this program or the user has asked for.
+
+    A file may be somebody else's, and to import a module is to run it.
+
+    Raises:
+        UserError: it is of another module.
+    """
+    trusted = os.environ.get(TRUST, "").split(",")
+    for module in registry.modules_outside(description):
+        if module not in sys.modules and module.partition(".")[0] not in trusted:
+            raise UserError(
+                f"the configuration wants {description!r}, whose module {module!r} would be "
+                f"imported, and run; if you know and trust it, set {TRUST}="
+                f"{module.partition('.')[0]}"
+            )
+    return description
+
+
+def _ours(description: str) -> str:
+    """A plug-in of ours, whatever this program has imported.
+
+    Raises:
+        UserError: it is of another module.
+    """
+    if modules := registry.modules_outside(description):
+        raise UserError(
+            f"{description!r} names a class outside of equilibria ({modules[0]}); here only names "
+            "of ours are read, such as 'anderson(history_size=8)'"
+        )
+    return description
 
 
 def _strict(kinds: type | tuple[type, ...], value: Any) -> Any:

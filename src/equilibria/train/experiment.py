@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from equilibria.core.errors import UserError
-from equilibria.core.parameters import check_positive_integer
+from equilibria.core.parameters import check_not_negative, check_positive_integer
 from equilibria.data.segments import Segment, TrainingSegments, evaluation_segments
 from equilibria.models.config import ModelConfig
 from equilibria.tasks.copy_memory import CopyMemory, CopyMemoryConfig, CopySource
 from equilibria.tasks.language_modeling import LanguageModeling, LanguageModelingConfig
-from equilibria.tasks.task import Split, Task, TaskConfig
+from equilibria.tasks.task import Share, Split, Task, TaskConfig, check_chunks
+from equilibria.train.engine import Strategy
 from equilibria.train.optimizers import OptimizerConfig
 
 
@@ -79,6 +80,27 @@ class TrainConfig:
     """Steps between checkpoints; one is also written at the end and on Ctrl-C."""
     keep_checkpoints: int = 2
     """Latest checkpoints to keep, besides the best on the validation split."""
+    keep_best: int = 1
+    """Checkpoints to keep for their validation loss."""
+    save_in_background: bool = False
+    """Write checkpoints while training goes on, from a copy in memory."""
+    batch_chunks: int = 1
+    """Parts that the batch of a process is computed in, one after the other: less memory, the same
+    gradients."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, which are skipped, before
+    training stops."""
+    devices: int = 1
+    """Processes per machine, each with a device (or a share of the CPU) of its own. They share the
+    batch; its size is that of all together."""
+    nodes: int = 1
+    """Machines; for more than one start the command on each by torchrun or Slurm."""
+    strategy: Strategy = "ddp"
+    """How several processes train: ddp averages gradients; fsdp also keeps only a shard of the
+    parameters and of the optimiser in each."""
+    restarts: int = 3
+    """How often a training of several processes on one machine is started again from its last
+    checkpoint when a process dies."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -94,9 +116,16 @@ class TrainConfig:
             "eval_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "keep_best",
+            "batch_chunks",
+            "max_nonfinite_steps",
+            "devices",
+            "nodes",
         ):
             check_positive_integer(name, getattr(self, name))
-
+        check_not_negative("restarts", self.restarts)
+        if self.strategy not in get_args(Strategy):
+            raise UserError(f"strategy={self.strategy!r} is neither 'ddp' nor 'fsdp'")
         if self.precision not in ("float32", "bfloat16"):
             raise UserError(f"precision={self.precision!r} is neither 'float32' nor 'bfloat16'")
 
@@ -138,6 +167,10 @@ class Experiment:
                 f"pretrain_steps={self.task.pretrain_steps}, but {type(self.model).__name__} is "
                 "an explicit model without an equilibrium to unroll; set it to 0"
             )
+
+        num_processes = self.train.devices * self.train.nodes
+        rows = Share(0, num_processes).rows(self.task.batch_size)
+        check_chunks(rows.stop, self.train.batch_chunks)
 
     def build_task(self, data: Data) -> Task:
         """Make model and task with everything drawn from the seed.

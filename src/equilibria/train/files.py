@@ -26,6 +26,12 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def remove_temporaries(path: Path) -> None:
+    """Delete what killed processes left of replacing a file; nobody may be replacing it now."""
+    for leftover in path.parent.glob(f".{path.name}.{'?' * 8}"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -41,7 +47,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {what}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); {what}") from error
 
 

@@ -14,9 +14,14 @@ class StopRequest:
 
     A second one acts as usual, for those who cannot wait. Use as a context manager; the former
     handlers come back at its end.
+
+    Args:
+        patient: a second one changes nothing. For processes that a launcher started, which hear of
+            one Ctrl-C from the terminal and from the launcher.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self._patient = patient
         self.signal: signal.Signals | None = None
         self._former: dict[signal.Signals, object] = {}
 
@@ -36,6 +41,8 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         # os.write, because the signal may have come in the middle of a print
+        if self._patient:
+            return
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
         for each, handler in self._former.items():

@@ -8,17 +8,21 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from equilibria.core.errors import UserError
-from equilibria.core.solution import Solution
-from equilibria.tasks.task import StepLoss, Task
-from equilibria.train.experiment import Experiment
+from equilibria.tasks.task import Evaluation, Task
+from equilibria.train.checkpoint_writer import CheckpointWriter
+from equilibria.train.engine import Engine
+from equilibria.train.experiment import Data, Experiment
 from equilibria.train.interrupt import StopRequest
+from equilibria.train.launch import is_launched
 from equilibria.train.metrics_log import MetricsLog
 from equilibria.train.optimizers import Plateau
 from equilibria.train.progress import Progress
 from equilibria.train.run_folder import RunFolder
-from equilibria.train.statistics import Clock, Interval, SolveStatistics
+from equilibria.train.shards import cut_optimizer_state, whole
+from equilibria.train.statistics import Clock, Interval, SolveStatistics, StepRecord
 
 
 class TrainingError(RuntimeError):
@@ -26,18 +30,25 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    """Trains one task in one run folder.
+    """Trains one task in one run folder, alone or as one of several processes.
 
     Args:
         experiment: the resolved configuration.
         task: model and data, as made by `experiment.build_task`.
-        run: where everything is written.
+        run: where the main process writes everything.
+        engine: the processes that train together; None for this one.
     """
 
-    def __init__(self, experiment: Experiment, task: Task, run: RunFolder) -> None:
+    def __init__(
+        self, experiment: Experiment, task: Task, run: RunFolder, engine: Engine | None = None
+    ) -> None:
         self.experiment = experiment
         self.task = task
         self.run = run
+        self.engine = engine or Engine(experiment.train.torch_device())
+        task.share = self.engine.share
+        task.distributed = self.engine.distribute(task.model)
+        self.engine.seed(experiment.seed)
         self.optimizer = experiment.optimizer.build(task.model.parameters())
         self.step = 0
         self.clock = Clock()
@@ -47,9 +58,18 @@ class Trainer:
         self._phase = "equilibrium"
         self._rate = 0.0
         self._valid_loss: float | None = None
+        self._num_skipped = 0
+        """Steps in a row that were not finite."""
+        self._saved_step = 0
+        self._progress: Progress | None = None
+        self._log: MetricsLog | None = None
+        self._writer = CheckpointWriter(run.checkpoints, experiment.train)
 
     def resume(self) -> None:
         """Go back to the newest checkpoint of the run, bit for bit.
+
+        Other numbers of processes than then get their shares of the same memory, and new random
+        numbers.
 
         Raises:
             UserError: there is none, or it is damaged or belongs to another run.
@@ -59,7 +79,7 @@ class Trainer:
         state = checkpoints.load_training(step)
         checkpoints.load_weights(step, self.task.model)
         try:
-            self._restore(state)
+            self._restore(state, step)
         except UserError:
             raise
         except Exception as error:
@@ -70,30 +90,48 @@ class Trainer:
                 "checkpoint before it"
             ) from error
         self.step = step
-        self.run.rewind_metrics(step)
+        if self.engine.is_main:
+            self.run.rewind_metrics(step)
+
+    def stand_alone(self, data: Data) -> None:
+        """Let this process judge the model without the others: the whole task, made anew.
+
+        Its weights are random until they are loaded.
+        """
+        if self.engine.share.num_processes > 1:
+            self.task = self.experiment.build_task(data)
 
     def fit(self) -> int:
         """Train to the end or until asked to stop; the exit code of a stop, 0 at the end.
 
+        All processes return the same.
+
         Raises:
-            TrainingError: loss or gradient is NaN or infinite.
+            TrainingError: loss or gradient is NaN or infinite for many steps in a row, memory is
+                short, or the last checkpoint cannot be written.
         """
         total = self.experiment.train.num_steps
         with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
-            progress = stack.enter_context(Progress(self.step, total, self.task.shown))
-            log = stack.enter_context(MetricsLog(self.run, self.step))
+            stop = stack.enter_context(StopRequest(patient=is_launched()))
+            stack.enter_context(self._writer)
+            if self.engine.is_main:
+                self._progress = stack.enter_context(Progress(self.step, total, self.task.shown))
+                self._log = stack.enter_context(MetricsLog(self.run, self.step))
             while self.step < total:
-                self._train_step()
-                progress.advance()
-                self._report(progress, log)
-                if stop.signal is not None:
-                    if self.step not in self.run.checkpoints.steps():
+                code = self._train_step(stop)
+                if self._progress is not None:
+                    self._progress.advance()
+                self._report()
+                if code:
+                    if self.step != self._saved_step:
                         self._save()
-                    return stop.exit_code
+                    self._finish_writing()
+                    return code
+            self._finish_writing()
         return 0
 
-    def _train_step(self) -> None:
+    def _train_step(self, stop: StopRequest) -> int:
+        """One step; the exit code that any of the processes was asked to stop with."""
         start = time.perf_counter()
         config = self.experiment.optimizer
         rate = config.learning_rate_at(self.step, self.experiment.train.num_steps)
@@ -101,104 +139,201 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with self.experiment.train.autocast():
-            result = self.task.training_loss(self.step)
-        result.minimised.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.task.model.parameters(), config.clip_norm or math.inf
+        record = self._differentiate()
+        norm = whole(
+            torch.nn.utils.clip_grad_norm_(
+                self.task.model.parameters(), config.clip_norm or math.inf
+            )
         )
-        self._refuse_nonfinite(result, norm)
-        self.optimizer.step()
+        finite = math.isfinite(record.loss.item()) and math.isfinite(norm.item())
+        wishes = torch.tensor([float(not finite), float(stop.exit_code)], device=norm.device)
+        poisoned, code = self.engine.largest(wishes).tolist()
         self.step += 1
-        seconds = time.perf_counter() - start
-        self._interval.add(result, norm, seconds)
-        self.clock.add(result.solution, seconds)
-        if result.solution is not None and result.phase == "equilibrium":
-            self.statistics.add(result.solution)
-        self._phase, self._rate = result.phase, rate
+        if poisoned:
+            self._skip(record, norm, time.perf_counter() - start)
+        else:
+            self.optimizer.step()
+            self._num_skipped = 0
+            self._count(record, norm, time.perf_counter() - start)
+        self._phase, self._rate = record.phase, rate
+        return int(code)
 
-    def _report(self, progress: Progress, log: MetricsLog) -> None:
+    def _differentiate(self) -> StepRecord:
+        """Leave the gradients of the next batch, chunk by chunk."""
+        num_chunks = self.experiment.train.batch_chunks
+        losses = self.task.training_losses(self.step, num_chunks)
+        records: list[StepRecord] = []
+        try:
+            for chunk in range(num_chunks):
+                with self.experiment.train.autocast():
+                    loss = next(losses)
+                model = self.task.distributed or self.task.model
+                with self.engine.without_sync(model, enabled=chunk + 1 < num_chunks):
+                    loss.minimised.backward()
+                records.append(StepRecord.of(loss))
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"memory ran out in step {self.step + 1} ({str(error).splitlines()[0]}); raise "
+                "--train.batch-chunks, which changes no result, or lower --task.batch-size, the "
+                "segment length, or the solver's history_size; --train.precision bfloat16 needs "
+                f"less, too. Checkpoints in {self.run.checkpoints.folder} are untouched"
+            ) from error
+        return StepRecord.joined(records)
+
+    def _count(self, record: StepRecord, norm: Tensor, seconds: float) -> None:
+        self._interval.add(record, norm, seconds)
+        self.clock.add(record.solves, seconds)
+        if record.phase == "equilibrium":
+            self.statistics.add(record.solves)
+
+    def _skip(self, record: StepRecord, norm: Tensor, seconds: float) -> None:
+        """Leave weights and optimiser as they are; stop when that does not help."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.task.recover()
+        self._interval.skip(seconds)
+        self.clock.add((), seconds)
+        self._num_skipped += 1
+        diagnosis = self._diagnosis(record, norm)
+        if self._num_skipped >= self.experiment.train.max_nonfinite_steps:
+            raise TrainingError(
+                f"{diagnosis}, as were {self._num_skipped - 1} steps before it; lower "
+                "--optimizer.learning-rate, lengthen the warm-up or --task.pretrain-steps, or "
+                f"allow more solver steps. Checkpoints in {self.run.checkpoints.folder} are "
+                "untouched"
+            )
+        self._say(f"{diagnosis}; the step is skipped")
+
+    def _diagnosis(self, record: StepRecord, norm: Tensor) -> str:
+        what = "loss" if not math.isfinite(record.loss.item()) else "gradient"
+        failed = sum(solve.num_failed for solve in record.solves)
+        solve = ""
+        if record.solves:
+            residuals = torch.cat([solve.relative_residual for solve in record.solves])
+            solve = (
+                f"; forward solve: {failed} of {residuals.numel()} samples missed the tolerance, "
+                f"worst relative residual {residuals.max().item():.2g}"
+            )
+        return (
+            f"the {what} of step {self.step} is not finite (loss {record.loss.item():.4g}, "
+            f"gradient norm {norm.item():.4g}{solve})"
+        )
+
+    def _report(self) -> None:
         config, last = self.experiment.train, self.step == self.experiment.train.num_steps
         if self.step % config.log_every == 0 or last:
+            interval = Interval.gathered(self.engine.gather(self._interval.state_dict()))
+            self._interval = Interval()
             record = {
                 "kind": "train",
                 "step": self.step,
                 "phase": self._phase,
                 "learning_rate": self._rate,
-                **self._interval.record(),
+                **interval.record(),
             }
-            self._interval = Interval()
-            log.write(record)
-            progress.metrics(record)
+            self._write(record)
+            if self._progress is not None:
+                self._progress.metrics(record)
         improved = False
         if self.step % config.eval_every == 0 or last:
-            improved = self._evaluate(progress, log)
+            improved = self._evaluate()
         if improved or last or self.step % config.checkpoint_every == 0:
             self._save()
 
-    def _evaluate(self, progress: Progress, log: MetricsLog) -> bool:
+    def _evaluate(self) -> bool:
         with self.experiment.train.autocast():
             result = self.task.evaluate("valid")
+        result = Evaluation.gathered(self.engine.gather(result))
         self.plateau.see(result.loss, self.experiment.optimizer)
         record = {"kind": "valid", "step": self.step, "loss": result.loss, **result.figures}
         if result.num_evals.numel():
             record["num_evals"] = result.num_evals.double().mean().item()
             record["relative_residual"] = result.relative_residual.double().mean().item()
-        log.write(record)
-        progress.validation(record)
+        self._write(record)
+        if self._progress is not None:
+            self._progress.validation(record)
         self._valid_loss = result.loss
-        return result.loss < self.run.checkpoints.best_loss()
+        return self.engine.from_main(result.loss < self._writer.loss_to_beat)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """Metrics; a full disk costs records, and not the run."""
+        if self._log is None:
+            return
+        try:
+            self._log.write(record)
+        except OSError as error:
+            self._say(f"the metrics of step {self.step} could not be written ({error.strerror})")
+
+    def _say(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.say(line)
 
     def _save(self) -> None:
-        checkpoints = self.run.checkpoints
-        checkpoints.save(self.step, self.task.model, self._training_state())
-        if self._valid_loss is not None and self._valid_loss < checkpoints.best_loss():
-            checkpoints.mark_best(self.step, self._valid_loss)
-        self._valid_loss = None
-        checkpoints.prune(self.experiment.train.keep_checkpoints)
+        """Gather everything, and let the main process write it."""
+        weights, training = whole(self.task.model.state_dict()), self._training_state()
+        failure = None
+        if self.engine.is_main:
+            failure = self._writer.save(self.step, weights, training, self._valid_loss)
+        self._valid_loss, self._saved_step = None, self.step
+        if failure is not None:
+            self._say(f"{failure}; training goes on")
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _finish_writing(self) -> None:
+        """Wait for the last checkpoint; all processes learn whether it is there.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        failure = self.engine.from_main(self._writer.wait() if self.engine.is_main else None)
+        if failure is not None:
+            raise TrainingError(failure)
+
+    def _restore(self, state: dict[str, Any], step: int) -> None:
         device = next(self.task.model.parameters()).device
-        self.optimizer.load_state_dict(state["optimizer"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.load_state_dict(cut_optimizer_state(state["optimizer"], parameters))
         self.task.load_state_dict(state["task"])
         self.clock = Clock(**state["clock"])
         self.statistics.load_state_dict(state["statistics"])
-        self._interval = Interval.from_state_dict(state["interval"], device)
+        if self.engine.is_main:
+            self._interval = Interval.from_state_dict(state["interval"], device)
         self.plateau = Plateau(**state["plateau"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if torch.cuda.is_available() and state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        self._num_skipped = state["num_skipped"]
+        _restore_random(state["random"], self.engine, self.experiment.seed, step)
 
     def _training_state(self) -> dict[str, Any]:
+        own = {"task": self.task.state_dict(), "random": _random_state()}
+        states = self.engine.gather(own)
+        interval = Interval.gathered(self.engine.gather(self._interval.state_dict()))
         return {
-            "optimizer": self.optimizer.state_dict(),
-            "task": self.task.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
+            "task": self.task.gathered([state["task"] for state in states]),
             "clock": vars(self.clock),
             "statistics": self.statistics.state_dict(),
-            "interval": self._interval.state_dict(),
+            "interval": interval.state_dict(),
             "plateau": vars(self.plateau),
-            "random": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
+            "num_skipped": self._num_skipped,
+            "random": [state["random"] for state in states],
         }
 
-    def _refuse_nonfinite(self, result: StepLoss, gradient_norm: torch.Tensor) -> None:
-        if math.isfinite(result.loss.item()) and math.isfinite(gradient_norm.item()):
-            return
-        what = "loss" if not math.isfinite(result.loss.item()) else "gradient"
-        solve = "" if result.solution is None else f"; {_describe_solve(result.solution)}"
-        raise TrainingError(
-            f"the {what} of step {self.step + 1} is not finite (loss {result.loss.item():.4g}, "
-            f"gradient norm {gradient_norm.item():.4g}{solve}); lower "
-            "--optimizer.learning-rate, lengthen the warm-up or --task.pretrain-steps, or allow "
-            f"more solver steps. Checkpoints in {self.run.checkpoints.folder} are untouched"
-        )
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def _describe_solve(solution: Solution) -> str:
-    failed = int((solution.status != 0).sum())
-    return (
-        f"forward solve: {failed} of {solution.status.numel()} samples missed the tolerance, "
-        f"worst relative residual {solution.relative_residual.max().item():.2g}"
-    )
+def _restore_random(states: list[dict[str, Any]], engine: Engine, seed: int, step: int) -> None:
+    """Go on with the own random numbers; other ones where there were fewer processes."""
+    rank, num_processes = engine.share
+    if len(states) != num_processes and rank:
+        engine.seed(seed, step)
+        return
+    torch.set_rng_state(states[rank]["cpu"])
+    if torch.cuda.is_available() and states[rank]["cuda"]:
+        torch.cuda.set_rng_state_all(states[rank]["cuda"])
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU that has a class, on the CPU a sentence."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -16,7 +16,7 @@ from equilibria.train.experiment import CharacterCorpus, Corpus, Data, Experimen
 from equilibria.train.loop import Trainer
 from equilibria.train.progress import readable
 from equilibria.train.run_folder import RunFolder
-from equilibria.train.statistics import summarize_solves
+from equilibria.train.statistics import solve_histograms, summarize_solves
 
 _NAMES = {
     "unigram": "unigram",
@@ -32,6 +32,7 @@ def finish(trainer: Trainer, data: Data) -> dict[str, Any]:
 
     A task on a text gets what only a text has: baselines of compression, and a sample.
     """
+    trainer.stand_alone(data)
     experiment, task, run = trainer.experiment, trainer.task, trainer.run
     # here and not above: drawing is the last thing a run does, and matplotlib is slow to import
     from equilibria.diagnostics.plots import plot_run
@@ -57,6 +58,7 @@ def finish(trainer: Trainer, data: Data) -> dict[str, Any]:
         "num_parameters": sum(p.numel() for p in task.model.parameters()),
     }
     _write_trace(trainer)
+    _write_histograms(trainer, test)
     run.write_json("summary.json", summary)
     plot_run(run.path, baselines=_baseline_bits(summary, task))
     return summary
@@ -127,6 +129,17 @@ def _write_trace(trainer: Trainer) -> None:
             "backward_tolerance": getattr(getattr(solve, "adjoint", None), "rtol", None),
         }
     )
+
+
+def _write_histograms(trainer: Trainer, test: Evaluation) -> None:
+    """Record how solves differ from sample to sample, of which the summary has mean and p95."""
+    if not test.num_evals.numel():
+        return
+    histograms = {
+        "training": trainer.statistics.histograms(),
+        "test": solve_histograms(test.num_evals, test.relative_residual),
+    }
+    trainer.run.write_json("solves.json", histograms)
 
 
 def _by_sample(trace: torch.Tensor | None) -> list[list[float | None]]:

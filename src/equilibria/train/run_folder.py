@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from equilibria.core.errors import UserError, nearest
 from equilibria.train.checkpoint import CheckpointFolder
 from equilibria.train.config_file import to_json
 from equilibria.train.experiment import Experiment
-from equilibria.train.files import read_json, write_json, write_text
+from equilibria.train.files import read_json, remove_temporaries, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class RunFolder:
     vocabulary.json  symbols of the token ids
     metrics.jsonl    one record per line
     summary.json     final figures
+    solves.json      histograms of evaluations and residuals; equilibrium models only
     checkpoints/     weights and training state
     tensorboard/     the same metrics as events
     plots/           PNG pictures
@@ -49,6 +52,41 @@ class RunFolder:
                 ) from error
             return RunFolder(path)
         raise UserError(f"{parent} is full of runs of this second; try again")
+
+    @staticmethod
+    def create_named(path: Path) -> RunFolder:
+        """Make a folder of this very name, which an attempt before may have made already.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the run folder {path} cannot be made ({error.strerror}); choose another place "
+                "with --train.folder"
+            ) from error
+        return RunFolder(path)
+
+    @contextmanager
+    def lock(self) -> Generator[None]:
+        """Keep other processes from training in this folder; ends with this process at the latest.
+
+        Raises:
+            UserError: one does already.
+        """
+        with self.config_file.open("rb") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is training in {self.path}; wait until it has ended, or stop "
+                    "it first"
+                ) from error
+            except OSError:
+                pass  # some network file systems have no locks
+            yield
 
     @staticmethod
     def open(path: Path) -> RunFolder:
@@ -80,6 +118,13 @@ class RunFolder:
     @property
     def checkpoints(self) -> CheckpointFolder:
         return CheckpointFolder(self.path / "checkpoints")
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed process was about to write; for whoever holds the lock."""
+        names = ("config.json", "environment.json", "vocabulary.json", "summary.json")
+        for name in (*names, self.metrics_file.name):
+            remove_temporaries(self.path / name)
+        self.checkpoints.remove_leftovers()
 
     def write_config(self, recipe: str, experiment: Experiment) -> None:
         """Record the recipe's name and the resolved configuration."""
@@ -125,7 +170,7 @@ class RunFolder:
             for line in file:
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     yield line, record

@@ -1,0 +1,107 @@
+"""Starting the processes of a training on one machine, and starting them again when one dies.
+
+By PyTorch's elastic launcher, the one behind torchrun; several machines have it, or Slurm, started
+by the user on each.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from equilibria.core.errors import UserError
+
+Entry = Callable[[list[str]], int]
+_RUN_NAME = "EQUILIBRIA_RUN_NAME"
+_SECONDS_TO_SAVE = 120
+"""For a training that was asked to stop, to end its step and save; then it is killed."""
+
+
+def is_launched() -> bool:
+    """Whether torchrun, Slurm or `launch` has started this process as one of several."""
+    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def run_name(recipe: str) -> str | None:
+    """Name of the run folder that all attempts of a launch share; None to name it by the time.
+
+    Under torchrun it is that of --rdzv-id, without which a second attempt finds nothing.
+    """
+    if name := os.environ.get(_RUN_NAME):
+        return name
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if launch == "none" else f"{recipe}-{launch}"
+
+
+def join_attempt(device: torch.device) -> None:
+    """Meet the processes of this attempt, and none of an earlier one.
+
+    PyTorch's launcher keeps one store for all attempts, and in it the addresses of processes that
+    are dead: whoever is early finds those and cannot connect (seen with 2.13, one time in two).
+    """
+    stored = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not stored or torch.distributed.is_initialized():
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(host, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=torch.distributed.PrefixStore(f"equilibria/attempt-{attempt}", store),  # pyright: ignore[reportPrivateImportUsage]
+        rank=rank,
+        world_size=num_processes,
+    )
+
+
+def launch(
+    entry: Entry, arguments: Sequence[str], recipe: str, devices: int, restarts: int, threads: int
+) -> int:
+    """Run `entry(arguments)` in so many processes; the exit code that they agreed on.
+
+    A process that dies (by a signal, or an error that is none of ours) takes the others with it,
+    and all are started again.
+
+    Raises:
+        UserError: they died more often than `restarts`.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    os.environ[_RUN_NAME] = name  # what is started inherits it
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    extra: dict[str, Any] = {}
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
+        extra["shutdown_timeout"] = _SECONDS_TO_SAVE
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=restarts,
+        start_method="spawn",
+        monitor_interval=0.5,
+        **extra,
+    )
+    try:
+        codes = elastic_launch(config, entry)(list(arguments))
+    except SignalException as stop:
+        # The workers were told, have saved and gone.
+        return 128 + int(stop.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise UserError(
+            f"process {rank} died ({failure.message}), and so it did after {restarts} restarts; "
+            "what it said is above. The last checkpoint is intact: go on with --resume"
+        ) from error
+    finally:
+        del os.environ[_RUN_NAME]
+    return max(codes.values())

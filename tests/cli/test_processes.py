@@ -1,0 +1,144 @@
+"""`equilibria train` with several processes on this machine: launched, killed, stopped, resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START = [
+    "--devices", "2", "--train.device", "cpu", "--train.checkpoint-every", "2",
+    "--train.eval-every", "50", "--train.log-every", "1",
+]  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    """Processes below another, in the order of their making."""
+    out = subprocess.run(
+        ["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True
+    ).stdout
+    parents = {int(a): int(b) for a, b in (line.split() for line in out.splitlines())}
+
+    def below(one: int) -> bool:
+        while one in parents:
+            one = parents[one]
+            if one == pid:
+                return True
+        return False
+
+    return sorted(one for one in parents if below(one))
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that train."""
+    return [one for one in children(process.pid) if "spawn_main" in _command(one)]
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
+
+
+def steps(runs: Path) -> list[int]:
+    """Training steps that were recorded so far."""
+    records = [
+        json.loads(line)
+        for file in runs.glob("*/metrics.jsonl")
+        for line in file.read_text().splitlines()
+        if line.endswith("}")
+    ]
+    return [record["step"] for record in records if record["kind"] == "train"]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Poll for up to two minutes."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def launched(tiny: list[str], tmp_path: Path, start_process: Any) -> Any:
+    """Start a training of two processes; (process, folder of runs)."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(num_steps: int, *options: str) -> tuple[subprocess.Popen[str], Path]:
+        runs = tmp_path / "runs"
+        arguments = ["train", *tiny, *START, "--train.num-steps", num_steps, *options]
+        process = start_process([*arguments, "--train.folder", runs], tmp_path)
+        started.append(process)
+        return process, runs
+
+    yield start
+    for process in started:
+        for one in [*children(process.pid), process.pid]:
+            with contextlib.suppress(OSError):
+                os.kill(one, signal.SIGKILL)
+        if not process.stdout or not process.stdout.closed:
+            process.communicate()
+
+
+def test_two_processes_from_one_command_and_on_with_one(launched: Any, cli: Any) -> None:
+    process, runs = launched(4)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "2 processes (ddp)" in err
+    assert len(re.findall("test split", out)) == 1
+    assert steps(runs) == [1, 2, 3, 4]
+    (run,) = runs.iterdir()
+    assert cli("eval", run).code == 0
+    again = cli("train", "--resume", run, "--devices", 1)
+    assert again.code == 0, again.err
+    assert "going on after step 4" in again.err
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_started_again(launched: Any) -> None:
+    process, runs = launched(300)
+    wait_for(lambda: max(steps(runs), default=0) >= 10, process)
+    os.kill(workers(process)[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "going on after step" in err
+    assert steps(runs) == list(range(1, 301))
+    assert len(list(runs.iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_launcher_saves_and_ends(
+    launched: Any, cli: Any, number: signal.Signals, code: int
+) -> None:
+    process, runs = launched(100_000)
+    wait_for(lambda: max(steps(runs), default=0) >= 3, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "equilibria train --resume" in err
+    (run,) = runs.iterdir()
+    saved = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+    assert saved == steps(runs)[-1]
+
+
+@pytest.mark.slow
+def test_two_trainings_do_not_share_a_folder(launched: Any, cli: Any) -> None:
+    process, runs = launched(100_000)
+    wait_for(lambda: max(steps(runs), default=0) >= 3, process)
+    (run,) = runs.iterdir()
+    before = steps(runs)
+    second = cli("train", "--resume", run, "--devices", 1)
+    assert second.code == 2
+    assert "another process is training in" in second.err
+    assert steps(runs)[: len(before)] == before
