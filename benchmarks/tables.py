@@ -103,7 +103,7 @@ def _generation(result: dict[str, Any]) -> str:
     columns += ["evaluations cached / read again / from the last", "difference, nats"]
     rows: list[list[str]] = []
     for row in result["rows"]:
-        ratios = [f"{row['ratios'][f'{way} / cached']['median']:.2g}" for way in ways]
+        ratios = [row["ratios"][f"{way} / cached"]["median"] for way in ways]
         evals = row["num_evals"]
         shown = "-" if evals is None else " / ".join(f"{value:.1f}" for value in evals.values())
         rows.append(
@@ -111,7 +111,7 @@ def _generation(result: dict[str, Any]) -> str:
                 f"`{row['name']}`",
                 f"{row['length']:,}",
                 f"{row['milliseconds']['cached']['median']:.3g}",
-                *ratios,
+                *(f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}" for ratio in ratios),
                 shown,
                 f"{row['difference']:.1e}",
             ]

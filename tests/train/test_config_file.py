@@ -238,3 +238,31 @@ def test_a_file_imports_no_module_that_nobody_asked_for(
     monkeypatch.setenv("EQUILIBRIA_TRUST", "other,stranger")
     assert "stranger:Mine" in json.dumps(to_json(from_json(experiment, values)))
     sys.modules.pop("stranger")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trap:Solver()",
+        "trap.Solver",
+        "equilibria:Anderson()",  # imported already, and still no name of ours
+        "fallback(anderson, trap:Solver())",
+        "newton_krylov(linear_solver=trap:Solver(x=1))",
+        "anderson(ridge=trap.ridge)",
+        "anderson().__class__()",
+    ],
+)
+def test_files_of_strangers_name_plug_ins_of_ours_only(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trap.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("EQUILIBRIA_TRUST", "trap")  # what a run may do, a shared model may not
+    with pytest.raises(UserError, match="names a class outside of equilibria"):
+        from_json(SolveConfig(), {"solver": text}, outside=False)
+
+
+@pytest.mark.parametrize("text", ["anderson", "fallback(anderson, broyden(history_size=3))"])
+def test_files_of_strangers_have_our_names(text: str) -> None:
+    values = {"solver": text}
+    assert from_json(SolveConfig(), values, outside=False) == from_json(SolveConfig(), values)

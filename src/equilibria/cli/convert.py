@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,6 +75,8 @@ def _write(experiment: Experiment, converted: Converted, options: ConvertOptions
     run = RunFolder.create(options.folder, f"{options.recipe}-converted")
     run.write_config(options.recipe, experiment)
     run.write_json("environment.json", {"data": data.describe()})
+    if isinstance(data, Corpus):
+        run.write_json("vocabulary.json", json.loads(data.vocabulary.to_json()))
     run.checkpoints.save(0, task.model.state_dict(), {})
     write_text(run.path / "conversion.txt", converted.report() + "\n")
     return run

@@ -1,4 +1,4 @@
-"""`equilibria generate`: continue texts with a trained model."""
+"""`equilibria generate`: continue texts with a trained model, of a run or shared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
 
@@ -13,7 +14,10 @@ from equilibria.cli.parsing import parse
 from equilibria.cli.positional import split_run
 from equilibria.cli.runs import load_task, on_text, open_run
 from equilibria.core.errors import UserError
+from equilibria.pretrained.folder import is_shared
+from equilibria.pretrained.hub import Pretrained
 from equilibria.tasks.generation import Generated, SamplingConfig, generate_batch
+from equilibria.tasks.language_modeling import LanguageModel
 from equilibria.train.experiment import Vocabulary
 from equilibria.train.statistics import summarize_solves
 
@@ -40,26 +44,54 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(
         GenerateOptions(), rest, prog="equilibria generate RUN", description="Continue texts."
     )
-    run, experiment = open_run(Path(path))
-    task, corpus = on_text(*load_task(run, experiment, options.checkpoint)[:2])
-    config, vocabulary = task.config, corpus.vocabulary
-    prompts = options.prompt or (vocabulary.decode(corpus.valid[: config.segment_length]),)
-    context = config.segment_length + config.memory_length_in_evaluation
+    speaker = (_of_shared if is_shared(Path(path)) else _of_run)(Path(path), options)
+    vocabulary = speaker.vocabulary
     generated = generate_batch(
-        task.language_model,
-        [vocabulary.encode(prompt) for prompt in prompts],
-        context if options.mem_len is None else options.mem_len,
+        speaker.model,
+        [vocabulary.encode(prompt) for prompt in speaker.prompts],
+        speaker.context if options.mem_len is None else options.mem_len,
         options,
         stop=None if options.stop is None else _token(vocabulary, options.stop),
     )
     texts = [
         f"{prompt}{vocabulary.decode(new)}\n"
-        for prompt, new in zip(prompts, generated.tokens, strict=True)
+        for prompt, new in zip(speaker.prompts, generated.tokens, strict=True)
     ]
     sys.stdout.write(f"{_BETWEEN_TEXTS}\n".join(texts))
     if generated.solves:
         print(_render_solves(generated), file=sys.stderr)
     return 0
+
+
+class _Speaker(NamedTuple):
+    """Who continues what."""
+
+    model: LanguageModel
+    vocabulary: Vocabulary
+    prompts: Sequence[str]
+    context: int
+
+
+def _of_run(path: Path, options: GenerateOptions) -> _Speaker:
+    run, experiment = open_run(path)
+    task, corpus = on_text(*load_task(run, experiment, options.checkpoint)[:2])
+    config, vocabulary = task.config, corpus.vocabulary
+    prompts = options.prompt or (vocabulary.decode(corpus.valid[: config.segment_length]),)
+    context = config.segment_length + config.memory_length_in_evaluation
+    return _Speaker(task.language_model, vocabulary, prompts, context)
+
+
+def _of_shared(path: Path, options: GenerateOptions) -> _Speaker:
+    """A folder of `equilibria share`, which has one checkpoint and no text of its own."""
+    pretrained = Pretrained.from_pretrained(path)
+    if pretrained.vocabulary is None or pretrained.reading is None:
+        raise UserError(f"{path} is no language model of a text; only such can continue one")
+    if not options.prompt:
+        raise UserError(f"{path} has no text to begin with; give --prompt TEXT")
+    if options.checkpoint != GenerateOptions.checkpoint:
+        raise UserError(f"{path} holds one checkpoint only; leave out --checkpoint")
+    model = cast(LanguageModel, pretrained.model)
+    return _Speaker(model, pretrained.vocabulary, options.prompt, pretrained.reading.context)
 
 
 def _token(vocabulary: Vocabulary, text: str) -> int:

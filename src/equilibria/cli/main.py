@@ -13,6 +13,7 @@ COMMANDS = {
     "eval": "score a run, with other solver steps or memory: equilibria eval RUN [options]",
     "report": "show runs in one HTML page: equilibria report RUN [RUN ...] [--output FILE.html]",
     "generate": "continue a text: equilibria generate RUN --prompt TEXT [options]",
+    "share": "a folder for others, or the hub: equilibria share RUN --folder DIR --push OWNER/NAME",
     "convert": "bring weights of the first public DEQ code into ours: equilibria convert FILE",
     "data": "list, download and check published texts: equilibria data list | get NAME",
     "recipes": "list the recipes with the number to expect",

@@ -29,7 +29,7 @@ def load_task(run: RunFolder, experiment: Experiment, checkpoint: str) -> tuple[
     Raises:
         UserError: no such checkpoint, other data, or weights that do not fit.
     """
-    step = _checkpoint_step(run, checkpoint)
+    step = checkpoint_step(run, checkpoint)
     data = experiment.data.load()
     check_data(run, data)
     task = experiment.build_task(data)
@@ -51,7 +51,12 @@ def on_text(task: Task, data: Data) -> tuple[LanguageModeling, Corpus]:
     return task, data
 
 
-def _checkpoint_step(run: RunFolder, checkpoint: str) -> int:
+def checkpoint_step(run: RunFolder, checkpoint: str) -> int:
+    """The step of a checkpoint: of "best", "last" or a step itself.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
     steps = run.checkpoints.steps()
     match checkpoint:
         case "best":

@@ -34,10 +34,17 @@ def to_json(config: Any) -> Any:
     return config
 
 
-def from_json(default: Config, values: object, path: str = "") -> Config:
+def from_json(default: Config, values: object, path: str = "", *, outside: bool = True) -> Config:
     """Rebuild a configuration from JSON values, on top of a default of the right types.
 
     Options that the file does not have keep their default, so that old runs stay readable.
+
+    Args:
+        default: a configuration of the right types.
+        values: what the file says.
+        path: of these options inside of the whole, for messages.
+        outside: whether plug-ins may be classes of other packages that the user trusts; without,
+            of none.
 
     Raises:
         UserError: an unknown option, or a value of the wrong type or out of range.
@@ -53,15 +60,15 @@ def from_json(default: Config, values: object, path: str = "") -> Config:
             raise UserError(f"unknown option {where!r}{nearest(str(name), known)}")
         current = getattr(default, name)
         if dataclasses.is_dataclass(current) and not isinstance(current, tuple(registry.KINDS)):
-            changes[name] = from_json(current, value, where)
+            changes[name] = from_json(current, value, where, outside=outside)
         else:
-            changes[name] = _leaf(value, hints[name], where)
+            changes[name] = _leaf(value, hints[name], where, outside)
     return dataclasses.replace(default, **changes)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
-def _leaf(value: object, hint: Any, where: str) -> Any:
+def _leaf(value: object, hint: Any, where: str, outside: bool) -> Any:
     try:
-        return _CONVERTER.structure(value, hint)
+        return _CONVERTERS[outside].structure(value, hint)
     except UserError:
         raise
     except Exception as error:
@@ -77,12 +84,13 @@ def _expected(hint: Any, given: object) -> str:
     return f"give a value of type {hint.__name__ if isinstance(hint, type) else hint}"
 
 
-def _make_converter() -> cattrs.Converter:
+def _make_converter(outside: bool) -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
+    check = _trusted if outside else _ours
     for kind in registry.KINDS:
         converter.register_structure_hook_func(
             lambda hint, kind=kind: hint is kind,
-            lambda value, _, kind=kind: registry.parse(kind, _trusted(_strict(str, value))),
+            lambda value, _, kind=kind: registry.parse(kind, check(_strict(str, value))),
         )
     converter.register_structure_hook(Path, lambda value, _: Path(_strict(str, value)))
     converter.register_structure_hook(float, lambda value, _: float(_strict((int, float), value)))
@@ -112,6 +120,20 @@ def _trusted(description: str) -> str:
     return description
 
 
+def _ours(description: str) -> str:
+    """A plug-in of ours, whatever this program has imported.
+
+    Raises:
+        UserError: it is of another module.
+    """
+    if modules := registry.modules_outside(description):
+        raise UserError(
+            f"{description!r} names a class outside of equilibria ({modules[0]}); here only names "
+            "of ours are read, such as 'anderson(history_size=8)'"
+        )
+    return description
+
+
 def _strict(kinds: type | tuple[type, ...], value: Any) -> Any:
     """cattrs would turn "5" and 5.7 into 5; a file of ours holds what it means."""
     if type(value) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
@@ -119,4 +141,4 @@ def _strict(kinds: type | tuple[type, ...], value: Any) -> Any:
     return value
 
 
-_CONVERTER = _make_converter()
+_CONVERTERS = {outside: _make_converter(outside) for outside in (True, False)}

@@ -1,0 +1,162 @@
+"""`equilibria share`: a trained model as a folder for others, or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from equilibria.cli.parsing import parse
+from equilibria.cli.positional import split_run
+from equilibria.cli.runs import checkpoint_step, open_run
+from equilibria.cli.train import load_config
+from equilibria.core.errors import UserError
+from equilibria.pretrained.card import Facts, card
+from equilibria.pretrained.folder import FILES, Reading, is_shared, read_vocabulary
+from equilibria.pretrained.hub import Pretrained, reason
+from equilibria.tasks.language_modeling import LanguageModelingConfig
+from equilibria.train.experiment import Experiment, Vocabulary
+from equilibria.train.files import read_json
+from equilibria.train.run_folder import RunFolder
+
+_OWNER_AND_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+
+
+@dataclass(frozen=True)
+class ShareOptions:
+    """Where the model goes."""
+
+    folder: Path | None = None
+    """Folder to write: weights, configuration, vocabulary and model card."""
+    push: str | None = None
+    """OWNER/NAME on the Hugging Face hub; needs 'equilibria[hub]' and 'hf auth login'."""
+    private: bool = False
+    """Whether a repository that is made on the hub is private."""
+    checkpoint: str = "best"
+    """best, last, or a step."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the folder, push it, or both."""
+    path, rest = split_run(arguments, "share")
+    options = parse(
+        ShareOptions(), rest, prog="equilibria share RUN", description="Share a trained model."
+    )
+    _check(options)
+    run, experiment = open_run(Path(path))
+    pretrained = _pretrained(run, experiment, checkpoint_step(run, options.checkpoint))
+    if options.folder is not None:
+        pretrained.save_pretrained(options.folder)
+        written = [name for name in FILES if (options.folder / name).exists()]
+        print(f"{options.folder}: {', '.join(written)}")
+    if options.push is not None:
+        print(_push(pretrained, options.push, options.private))
+    return 0
+
+
+def _check(options: ShareOptions) -> None:
+    if options.folder is None and options.push is None:
+        raise UserError("say where the model goes: --folder DIR, --push OWNER/NAME, or both")
+    if options.push is not None and not _OWNER_AND_NAME.fullmatch(options.push):
+        raise UserError(f"--push {options.push!r} is not OWNER/NAME, such as me/my-model")
+    folder = options.folder
+    if folder is None or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; give --folder another name")
+    if any(folder.iterdir()) and not is_shared(folder):
+        raise UserError(
+            f"{folder} holds other things than a shared model; give --folder a new or empty folder"
+        )
+
+
+def _pretrained(run: RunFolder, experiment: Experiment, step: int) -> Pretrained:
+    """The model of a checkpoint with its card; the data are not needed."""
+    environment = _environment(run)
+    vocabulary = _vocabulary(run, experiment, environment)
+    size = _vocabulary_size(experiment, environment)
+    model = experiment.model.build(size)
+    run.checkpoints.load_weights(step, model)
+    task = experiment.task
+    reading = None
+    if isinstance(task, LanguageModelingConfig):
+        reading = Reading(task.segment_length, task.memory_length_in_evaluation)
+    return Pretrained(
+        model.eval(),
+        experiment.model,
+        vocabulary_size=size,
+        vocabulary=vocabulary,
+        reading=reading,
+        card=card(_facts(run, experiment, step, model, environment, vocabulary)),
+    )
+
+
+def _facts(
+    run: RunFolder,
+    experiment: Experiment,
+    step: int,
+    model: nn.Module,
+    environment: dict[str, Any],
+    vocabulary: Vocabulary | None,
+) -> Facts:
+    recipe, _, description = load_config(str(run.config_file))
+    return Facts(
+        recipe=recipe,
+        description=description,
+        step=step,
+        experiment=experiment,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        is_text=vocabulary is not None,
+        environment=environment,
+        summary=_summary(run, step),
+    )
+
+
+def _summary(run: RunFolder, step: int) -> dict[str, Any]:
+    """The final figures, if they are of this checkpoint."""
+    file = run.path / "summary.json"
+    summary = read_json(file, "delete it to share without figures") if file.exists() else {}
+    return summary if summary.get("best_step") == step else {}
+
+
+def _environment(run: RunFolder) -> dict[str, Any]:
+    environment = run.read_json("environment.json")
+    if not isinstance(environment, dict) or not isinstance(environment.get("data"), dict):
+        raise UserError(
+            f"environment.json in {run.path} does not say what the run read; restore it"
+        )
+    return environment
+
+
+def _vocabulary(
+    run: RunFolder, experiment: Experiment, environment: dict[str, Any]
+) -> Vocabulary | None:
+    if not run.vocabulary_file.exists():
+        return None
+    return read_vocabulary(run.vocabulary_file, _vocabulary_size(experiment, environment))
+
+
+def _vocabulary_size(experiment: Experiment, environment: dict[str, Any]) -> int:
+    """As the run recorded it of a text, else of data that are made and not read."""
+    size = environment["data"].get("vocabulary_size")
+    if isinstance(size, int):
+        return size
+    data: Any = experiment.data.load()
+    return int(data.vocabulary_size)
+
+
+def _push(pretrained: Pretrained, name: str, private: bool) -> str:
+    try:
+        return str(pretrained.push_to_hub(name, private=private or None))
+    except UserError:
+        raise
+    except Exception as error:
+        # huggingface_hub passes on whatever the layers below it raise
+        raise UserError(
+            f"{name} cannot be pushed to the hub ({reason(error)}); log in with 'hf auth login', "
+            "check the name and the connection, and call again"
+        ) from error
