@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -150,3 +151,36 @@ def test_loading_replaces_what_was_there() -> None:
     other.add([SolveRecord.of(_solution([100], [0.9], None))])
     other.load_state_dict(statistics.state_dict())
     assert other.as_dict() == statistics.as_dict()
+
+
+def test_only_the_latest_steps_count() -> None:
+    """Of any number of samples each, before and after a resume."""
+    statistics = SolveStatistics()
+    for step in range(990):
+        statistics.add([SolveRecord.of(_solution([step], [0.1], None))])
+    restored = SolveStatistics()
+    restored.load_state_dict(statistics.state_dict())
+    for each in (statistics, restored):
+        for step in range(990, 1010):
+            each.add([SolveRecord.of(_solution([step, 5_000], [0.1, 0.2], None))])
+        rows = each.state_dict()["num_evals"]
+        expected = [[step + 1] for step in range(10, 990)]
+        expected += [[step + 1, 5_001] for step in range(990, 1010)]
+        assert [row.tolist() for row in rows] == expected
+        assert {row.dtype for row in rows} == {torch.int64}
+    assert statistics.as_dict() == restored.as_dict()
+
+
+def test_a_step_leaves_no_tensor_behind() -> None:
+    """Small ones between the large ones of a step fragment the heap: 10 MiB a step were seen."""
+
+    def num_tensors() -> int:
+        gc.collect()
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    statistics = SolveStatistics()
+    statistics.add([SolveRecord.of(_solution([3], [0.1], None))])
+    before = num_tensors()
+    for _ in range(50):
+        statistics.add([SolveRecord.of(_solution([3], [0.1], None))])
+    assert num_tensors() == before

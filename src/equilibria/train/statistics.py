@@ -204,12 +204,54 @@ class Interval:
         }
 
 
+class _LatestRows:
+    """The rows of the latest steps, in one block that is allocated once.
+
+    A small tensor of its own per step would pin the heap around it: the large ones of a step leave
+    holes that the next step does not fit into, and memory grows with every step kept.
+    """
+
+    def __init__(self) -> None:
+        self._block: Tensor | None = None
+        self._lengths: deque[int] = deque(maxlen=_KEPT_STEPS)
+        self._next = 0
+
+    def append(self, row: Tensor) -> None:
+        """Take in one step's samples; the oldest step makes room."""
+        if self._block is None or row.numel() > self._block.shape[1]:
+            self._widen(row)
+        elif row.dtype != self._block.dtype:
+            row = row.to(self._block.dtype)
+        block = cast(Tensor, self._block)
+        block[self._next, : row.numel()] = row
+        self._lengths.append(row.numel())
+        self._next = (self._next + 1) % _KEPT_STEPS
+
+    def _widen(self, row: Tensor) -> None:
+        dtype = row.dtype if self._block is None else self._block.dtype
+        block = torch.zeros(_KEPT_STEPS, row.numel(), dtype=dtype)
+        if self._block is not None:
+            block[:, : self._block.shape[1]] = self._block
+        self._block = block
+
+    def rows(self) -> list[Tensor]:
+        """Copies of the rows, the oldest first."""
+        if self._block is None:
+            return []
+        first = self._next - len(self._lengths)
+        places = ((first + i) % _KEPT_STEPS for i in range(len(self._lengths)))
+        return [
+            self._block[place, :length].clone()
+            for place, length in zip(places, self._lengths, strict=True)
+        ]
+
+
 class SolveStatistics:
     """Function evaluations and residuals of the latest equilibrium steps."""
 
     def __init__(self) -> None:
-        self._num_evals: deque[Tensor] = deque(maxlen=_KEPT_STEPS)
-        self._residuals: deque[Tensor] = deque(maxlen=_KEPT_STEPS)
+        self._num_evals = _LatestRows()
+        self._residuals = _LatestRows()
 
     def add(self, solves: Sequence[SolveRecord]) -> None:
         """Take in the samples of one step."""
@@ -219,24 +261,29 @@ class SolveStatistics:
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """The samples as tensors."""
-        return {"num_evals": list(self._num_evals), "residuals": list(self._residuals)}
+        return {"num_evals": self._num_evals.rows(), "residuals": self._residuals.rows()}
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Restore `state_dict`."""
-        self._num_evals = deque(state["num_evals"], maxlen=_KEPT_STEPS)
-        self._residuals = deque(state["residuals"], maxlen=_KEPT_STEPS)
+        self._num_evals, self._residuals = _LatestRows(), _LatestRows()
+        for evals, residuals in zip(state["num_evals"], state["residuals"], strict=True):
+            self._num_evals.append(evals)
+            self._residuals.append(residuals)
 
     def as_dict(self) -> dict[str, dict[str, float]] | None:
         """Mean and 95th percentile, None before the first equilibrium step."""
-        if not self._num_evals:
-            return None
-        return summarize_solves(torch.cat(list(self._num_evals)), torch.cat(list(self._residuals)))
+        samples = self._samples()
+        return samples and summarize_solves(*samples)
 
     def histograms(self) -> dict[str, Any] | None:
         """How often which count and residual occurred, None before the first equilibrium step."""
-        if not self._num_evals:
-            return None
-        return solve_histograms(torch.cat(list(self._num_evals)), torch.cat(list(self._residuals)))
+        samples = self._samples()
+        return samples and solve_histograms(*samples)
+
+    def _samples(self) -> tuple[Tensor, Tensor] | None:
+        """Evaluations and residuals of all samples."""
+        evals, residuals = self._num_evals.rows(), self._residuals.rows()
+        return (torch.cat(evals), torch.cat(residuals)) if evals else None
 
 
 def _moved(value: Any, device: torch.device) -> Any:
