@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,28 @@ def test_two_processes_from_one_command_and_on_with_one(launched: Any, cli: Any)
     again = cli("train", "--resume", run, "--devices", 1)
     assert again.code == 0, again.err
     assert "going on after step 4" in again.err
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_training_and_says_what_it_said(tiny: list[str], tmp_path: Path) -> None:
+    """Every process ends by itself, all that it printed included; with shards on disk, too."""
+    runs = tmp_path / "runs"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "job"]
+    options = ["--strategy", "fsdp", "--train.num-steps", "4", "--train.folder", str(runs)]
+    done = subprocess.run(
+        [*command, "-m", "equilibria", "train", *map(str, tiny), *START, *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("test split", done.stdout)) == 1
+    (run,) = runs.iterdir()
+    assert run.name.endswith("-job")
+    assert steps(runs) == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from equilibria.tasks.language_modeling import LanguageModelingConfig
 from equilibria.train.config_file import from_json
 from equilibria.train.engine import Engine, start_engine
 from equilibria.train.experiment import Experiment, TrainConfig
+from equilibria.train.launch import leave
 from equilibria.train.loop import Trainer
 from equilibria.train.optimizers import OptimizerConfig
 from equilibria.train.run_folder import RunFolder
@@ -85,7 +86,8 @@ def main(config_file: str, folder: str) -> None:
         train = options["train"]
         engine = start_engine(torch.device("cpu"), train["devices"], 1, train["strategy"])
         run(Path(folder), name, options, engine)
-    torch.distributed.destroy_process_group()  # or its threads may abort the process at its end
+    torch.distributed.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from equilibria import UserError
-from equilibria.train.checkpoint import CheckpointFolder
+from equilibria.train.checkpoint import CheckpointFolder, Snapshot
+from equilibria.train.tensor_files import Part
 
 TRAINING = {"optimizer": {"lr": 0.5, "m": torch.arange(3.0)}, "place": 7, "none": None}
 
@@ -46,7 +48,7 @@ def checkpoints(tmp_path: Path) -> CheckpointFolder:
 
 def test_what_was_saved_comes_back(checkpoints: CheckpointFolder) -> None:
     model = _model(0)
-    checkpoints.save(12, model.state_dict(), TRAINING)
+    checkpoints.save(12, Snapshot(model.state_dict(), TRAINING))
     other = _model(1)
     checkpoints.load_weights(12, other)
     assert _equal(_weights(other), _weights(model))
@@ -62,7 +64,7 @@ def test_what_was_saved_comes_back(checkpoints: CheckpointFolder) -> None:
 def test_steps_are_sorted_and_other_files_ignored(checkpoints: CheckpointFolder) -> None:
     assert checkpoints.steps() == []
     for step in (100, 9, 20):
-        checkpoints.save(step, _model().state_dict(), TRAINING)
+        checkpoints.save(step, Snapshot(_model().state_dict(), TRAINING))
     for foreign in (".writing-00000030", "step-40", "step-00000050.bak", "notes"):
         (checkpoints.folder / foreign).mkdir()
     assert checkpoints.steps() == [9, 20, 100]
@@ -79,7 +81,7 @@ def test_an_empty_folder_has_no_latest(checkpoints: CheckpointFolder) -> None:
 
 def test_best_is_what_was_marked(checkpoints: CheckpointFolder) -> None:
     for step in (1, 2, 3):
-        checkpoints.save(step, _model().state_dict(), TRAINING)
+        checkpoints.save(step, Snapshot(_model().state_dict(), TRAINING))
     assert checkpoints.best() == 3  # nothing is marked: the newest
     checkpoints.mark_best(2, 1.25)
     assert (checkpoints.best(), checkpoints.best_loss()) == (2, 1.25)
@@ -90,7 +92,7 @@ def test_a_mark_of_a_deleted_checkpoint_counts_for_nothing(
 ) -> None:
     """Or a run that repeats the deleted steps would never again be as good as the lost one."""
     for step in (1, 2):
-        checkpoints.save(step, _model().state_dict(), TRAINING)
+        checkpoints.save(step, Snapshot(_model().state_dict(), TRAINING))
     checkpoints.mark_best(2, 1.25)
     shutil.rmtree(checkpoints.path(2))
     assert (checkpoints.best(), checkpoints.best_loss()) == (1, math.inf)
@@ -98,7 +100,7 @@ def test_a_mark_of_a_deleted_checkpoint_counts_for_nothing(
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"step": "x"}', '{"step": 1}', "\xff"])
 def test_a_damaged_mark_is_a_sentence(checkpoints: CheckpointFolder, content: str) -> None:
-    checkpoints.save(1, _model().state_dict(), TRAINING)
+    checkpoints.save(1, Snapshot(_model().state_dict(), TRAINING))
     (checkpoints.folder / "best.json").write_text(content, encoding="latin-1")
     for look in (checkpoints.best, checkpoints.best_loss):
         with pytest.raises(UserError, match=r"best\.json.*; delete it"):
@@ -113,7 +115,7 @@ def test_pruning_keeps_the_newest_and_the_best(
     checkpoints: CheckpointFolder, keep: int, best: int | None, expected: list[int]
 ) -> None:
     for step in range(1, 6):
-        checkpoints.save(step, _model().state_dict(), TRAINING)
+        checkpoints.save(step, Snapshot(_model().state_dict(), TRAINING))
     if best is not None:
         checkpoints.mark_best(best, 1.0)
     checkpoints.prune(keep)
@@ -125,13 +127,13 @@ class _CrashError(BaseException):
 
 
 @pytest.mark.parametrize(
-    "where", ["torch.save", "os.rename", "os.fsync", "equilibria.train.checkpoint.save_file"]
+    "where", ["torch.save", "os.rename", "os.fsync", "equilibria.train.tensor_files.save_file"]
 )
 @pytest.mark.parametrize("step", [2, 1], ids=["new step", "same step again"])
 def test_a_crash_while_saving_leaves_the_checkpoints_as_they_were(
     checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, where: str, step: int
 ) -> None:
-    checkpoints.save(1, _model(0).state_dict(), TRAINING)
+    checkpoints.save(1, Snapshot(_model(0).state_dict(), TRAINING))
     before = _bytes(checkpoints.folder)
 
     def crash(*_: object, **__: object) -> None:
@@ -140,17 +142,17 @@ def test_a_crash_while_saving_leaves_the_checkpoints_as_they_were(
     with monkeypatch.context() as patch:
         patch.setattr(where, crash)
         with pytest.raises(_CrashError):
-            checkpoints.save(step, _model(1).state_dict(), TRAINING)
+            checkpoints.save(step, Snapshot(_model(1).state_dict(), TRAINING))
     assert checkpoints.steps() == [1]
     assert _bytes(checkpoints.folder) == before
-    checkpoints.save(2, _model(1).state_dict(), TRAINING)
+    checkpoints.save(2, Snapshot(_model(1).state_dict(), TRAINING))
     assert sorted(os.listdir(checkpoints.folder)) == ["step-00000001", "step-00000002"]
 
 
 def test_a_crash_at_the_last_rename_of_a_repeated_step_loses_nothing(
     checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints.save(1, _model(0).state_dict(), TRAINING)
+    checkpoints.save(1, Snapshot(_model(0).state_dict(), TRAINING))
     before = _bytes(checkpoints.folder)
     rename = os.rename
 
@@ -162,13 +164,13 @@ def test_a_crash_at_the_last_rename_of_a_repeated_step_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", crash_once)
         with pytest.raises(_CrashError):
-            checkpoints.save(1, _model(1).state_dict(), TRAINING)
+            checkpoints.save(1, Snapshot(_model(1).state_dict(), TRAINING))
     assert _bytes(checkpoints.folder) == before
 
 
 def test_saving_a_step_again_replaces_it(checkpoints: CheckpointFolder) -> None:
-    checkpoints.save(1, _model(0).state_dict(), TRAINING)
-    checkpoints.save(1, _model(1).state_dict(), TRAINING)
+    checkpoints.save(1, Snapshot(_model(0).state_dict(), TRAINING))
+    checkpoints.save(1, Snapshot(_model(1).state_dict(), TRAINING))
     model = _model(2)
     checkpoints.load_weights(1, model)
     assert _equal(_weights(model), _weights(_model(1)))
@@ -181,7 +183,7 @@ def test_what_a_killed_process_left_is_removed(checkpoints: CheckpointFolder) ->
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
     assert checkpoints.steps() == []
-    checkpoints.save(8, _model().state_dict(), TRAINING)
+    checkpoints.save(8, Snapshot(_model().state_dict(), TRAINING))
     assert os.listdir(checkpoints.folder) == ["step-00000008"]
 
 
@@ -211,7 +213,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_damaged_weights_are_a_sentence(
     checkpoints: CheckpointFolder, damage: Callable[[Path], Any]
 ) -> None:
-    checkpoints.save(1, _model(0).state_dict(), TRAINING)
+    checkpoints.save(1, Snapshot(_model(0).state_dict(), TRAINING))
     damage(checkpoints.path(1) / "model.safetensors")
     model = _model(1)
     before = _weights(model)
@@ -225,7 +227,7 @@ def test_damaged_weights_are_a_sentence(
 def test_damaged_training_state_is_a_sentence(
     checkpoints: CheckpointFolder, damage: Callable[[Path], Any]
 ) -> None:
-    checkpoints.save(1, _model(0).state_dict(), TRAINING)
+    checkpoints.save(1, Snapshot(_model(0).state_dict(), TRAINING))
     damage(checkpoints.path(1) / "training.pt")
     with pytest.raises(
         UserError, match=r"training\.pt is .*delete the folder .*step-00000001"
@@ -237,7 +239,7 @@ def test_damaged_training_state_is_a_sentence(
 def test_weights_of_another_shape_are_refused_and_nothing_is_touched(
     checkpoints: CheckpointFolder,
 ) -> None:
-    checkpoints.save(1, _model(0, width=3).state_dict(), TRAINING)
+    checkpoints.save(1, Snapshot(_model(0, width=3).state_dict(), TRAINING))
     model = _model(1, width=4)
     before = _weights(model)
     with pytest.raises(
@@ -248,7 +250,7 @@ def test_weights_of_another_shape_are_refused_and_nothing_is_touched(
 
 
 def test_foreign_and_missing_tensors_are_named(checkpoints: CheckpointFolder) -> None:
-    checkpoints.save(1, _model(0).state_dict(), TRAINING)
+    checkpoints.save(1, Snapshot(_model(0).state_dict(), TRAINING))
     file = checkpoints.path(1) / "model.safetensors"
     weights = load_file(file)
     weights["stranger"] = weights.pop("1.bias")
@@ -275,7 +277,7 @@ def test_a_malicious_training_state_is_refused_and_not_run(
     checkpoints: CheckpointFolder, tmp_path: Path
 ) -> None:
     victim = tmp_path / "victim"
-    checkpoints.save(1, _model(0).state_dict(), TRAINING)
+    checkpoints.save(1, Snapshot(_model(0).state_dict(), TRAINING))
     file = checkpoints.path(1) / "training.pt"
     torch.save({"optimizer": _Malice(victim)}, file)
     with pytest.raises(UserError, match=r"training\.pt"):
@@ -287,7 +289,144 @@ def test_a_malicious_training_state_is_refused_and_not_run(
 
 
 def test_a_training_state_must_be_one(checkpoints: CheckpointFolder) -> None:
-    checkpoints.save(1, _model(0).state_dict(), TRAINING)
+    checkpoints.save(1, Snapshot(_model(0).state_dict(), TRAINING))
     torch.save([1, 2], checkpoints.path(1) / "training.pt")
     with pytest.raises(UserError, match="holds no training state"):
         checkpoints.load_training(1)
+
+
+def _parts(model: nn.Module, num_parts: int) -> list[Snapshot]:
+    """What processes write of a model whose rows they share, the last with fewer or none."""
+    rows = {name: tensor.chunk(num_parts) for name, tensor in model.state_dict().items()}
+    empty = {name: tensor[:0] for name, tensor in model.state_dict().items()}
+    return [
+        Snapshot(
+            {n: r[place] if place < len(r) else empty[n] for n, r in rows.items()},
+            {**TRAINING, "alone": True} if place == 0 else None,
+            {"0.exp_avg": torch.full((2, 2), float(place))},
+            Part(place + 1, num_parts),
+        )
+        for place in range(num_parts)
+    ]
+
+
+def _save_together(checkpoints: CheckpointFolder, parts: list[Snapshot]) -> list[BaseException]:
+    """As processes would that see one folder; what went wrong in them."""
+    failures: list[BaseException] = []
+
+    def save(part: Snapshot) -> None:
+        try:
+            checkpoints.save(1, part)
+        except OSError as error:
+            failures.append(error)
+
+    checkpoints.begin(1)
+    threads = [threading.Thread(target=save, args=(part,)) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return failures
+
+
+@pytest.mark.parametrize("num_parts", [2, 3])
+def test_parts_of_several_processes_are_one_checkpoint(
+    checkpoints: CheckpointFolder, num_parts: int
+) -> None:
+    assert _save_together(checkpoints, _parts(_model(0), num_parts)) == []
+    assert os.listdir(checkpoints.folder) == ["step-00000001"]
+    assert len(_bytes(checkpoints.path(1))) == 2 * num_parts + 1
+    model = _model(1)
+    checkpoints.load_weights(1, model)
+    assert _equal(_weights(model), _weights(_model(0)))
+    shards = checkpoints.optimizer_shards(1)
+    assert shards is not None
+    assert shards.shapes == {"0.exp_avg": (2 * num_parts, 2)}
+    assert shards.read("0.exp_avg")[:, 0].tolist() == [n for n in range(num_parts) for _ in "ab"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_where_one_process_cannot_write_there_is_no_checkpoint(
+    checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """The others notice, and leave nothing behind."""
+    checkpoints.save(0, Snapshot(_model(0).state_dict(), TRAINING))
+    before = _bytes(checkpoints.folder)
+    parts, write = _parts(_model(1), 2), CheckpointFolder._write  # pyright: ignore[reportPrivateUsage]
+
+    def full(folder: CheckpointFolder, where: Path, snapshot: Snapshot) -> None:
+        if snapshot is parts[failing]:
+            raise OSError("No space left on device")
+        write(folder, where, snapshot)
+
+    monkeypatch.setattr(CheckpointFolder, "_write", full)
+    failures = [str(failure) for failure in _save_together(checkpoints, parts)]
+    assert set(failures) <= {"No space left on device", "another process could not write its part"}
+    assert "No space left on device" in failures
+    assert len(failures) == 2 or not failing
+    assert _bytes(checkpoints.folder) == before
+    assert checkpoints.steps() == [0]
+
+
+def test_a_process_that_does_not_come_is_not_waited_for_for_ever(
+    checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("equilibria.train.checkpoint._SECONDS_FOR_PARTS", 0.1)
+    (failure,) = _save_together(checkpoints, _parts(_model(0), 2)[:1])
+    assert "model-00002-of-00002.safetensors did not come within" in str(failure)
+    assert os.listdir(checkpoints.folder) == []
+
+
+PART_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda file: file.unlink(), "is not complete: .*00002-of-00002.* is missing"),
+    "of another number": (
+        lambda file: file.rename(file.with_name("model-00002-of-00003.safetensors")),
+        "is not complete: .*00002-of-00002.* is missing",
+    ),
+    "no number": (
+        lambda file: shutil.copy(file, file.with_name("model-x-of-y.safetensors")),
+        "is not complete: model-x-of-y.safetensors is none of its parts",
+    ),
+    "one too many": (
+        lambda file: shutil.copy(file, file.with_name("model-00003-of-00002.safetensors")),
+        "is not complete: model-00003-of-00002.safetensors is none of its parts",
+    ),
+    "cut": (lambda file: os.truncate(file, file.stat().st_size // 2), "truncated or damaged"),
+    "of another model": (
+        lambda file: save_file({"stranger": torch.ones(2)}, file),
+        "do not belong together: 'stranger'",
+    ),
+    "of other rows": (
+        lambda file: save_file({"0.weight": torch.ones(1, 9)}, file),
+        "do not belong together: '0.weight' has shape",
+    ),
+    "a number": (
+        lambda file: save_file({"0.weight": torch.ones(())}, file),
+        "do not belong together: '0.weight' has shape",
+    ),
+    "no rows of some": (
+        lambda file: save_file({"0.weight": torch.ones(1, 3)}, file),
+        r"'[01]\.(weight|bias)' of shape|has [01]\.(weight|bias) of shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PART_DAMAGE)
+def test_a_damaged_part_is_a_sentence(checkpoints: CheckpointFolder, name: str) -> None:
+    _save_together(checkpoints, _parts(_model(0), 2))
+    damage, message = PART_DAMAGE[name]
+    damage(checkpoints.path(1) / "model-00002-of-00002.safetensors")
+    model = _model(1)
+    before = _weights(model)
+    with pytest.raises(UserError, match=message) as error:
+        checkpoints.load_weights(1, model)
+    assert "\n" not in str(error.value)
+    assert _equal(_weights(model), before)
+
+
+def test_a_tensor_in_some_parts_only_is_refused(checkpoints: CheckpointFolder) -> None:
+    _save_together(checkpoints, _parts(_model(0), 3))
+    file = checkpoints.path(1) / "model-00003-of-00003.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if name != "0.weight"}, file)
+    with pytest.raises(UserError, match="'0.weight' is in 2 of 3"):
+        checkpoints.load_weights(1, _model(1))

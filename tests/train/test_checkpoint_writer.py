@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from equilibria.train.checkpoint import CheckpointFolder
+from equilibria.train.checkpoint import CheckpointFolder, Snapshot
 from equilibria.train.checkpoint_writer import CheckpointWriter
 from equilibria.train.experiment import TrainConfig
 from equilibria.train.loop import Trainer, TrainingError
@@ -24,10 +24,10 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Let checkpoints of some steps fail as they do on a full disk."""
     save = CheckpointFolder.save
 
-    def full(folder: CheckpointFolder, step: int, *rest: Any) -> Path:
+    def full(folder: CheckpointFolder, step: int, *rest: Any) -> None:
         if step in steps:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(folder, step, *rest)
+        save(folder, step, *rest)
 
     monkeypatch.setattr(CheckpointFolder, "save", full)
 
@@ -71,15 +71,15 @@ def test_in_the_background_training_goes_on_with_other_numbers(
     """What is written is what there was when it was handed over."""
     go, save = threading.Event(), CheckpointFolder.save
 
-    def waiting(*arguments: Any) -> Path:
+    def waiting(*arguments: Any) -> None:
         go.wait(10)
-        return save(*arguments)
+        save(*arguments)
 
     monkeypatch.setattr(CheckpointFolder, "save", waiting)
     checkpoints = CheckpointFolder(tmp_path)
     weights, training = {"w": torch.ones(3)}, {"m": [torch.ones(2)], "step": 1}
     with CheckpointWriter(checkpoints, TrainConfig(save_in_background=True)) as writer:
-        assert writer.save(1, weights, training, 2.0) is None
+        assert writer.save(1, Snapshot(weights, training), 2.0) is None
         weights["w"].zero_()
         training["m"][0].zero_()
         assert checkpoints.steps() == []
@@ -95,7 +95,7 @@ def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
     writer = CheckpointWriter(checkpoints, TrainConfig(keep_best=2, keep_checkpoints=1))
     losses = [5.0, 1.0, 4.0, 2.0, None, 3.0]
     for step, loss in enumerate(losses):
-        writer.save(step, {"w": torch.ones(1)}, {}, loss)
+        writer.save(step, Snapshot({"w": torch.ones(1)}, {}), loss)
     assert checkpoints.steps() == [1, 3, 5]
     assert checkpoints.best() == 1
     assert [checkpoints.best_loss(rank) for rank in (1, 2, 3)] == [1.0, 2.0, float("inf")]
@@ -104,6 +104,6 @@ def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_a_mark_of_the_first_kind_is_read(tmp_path: Path) -> None:
     checkpoints = CheckpointFolder(tmp_path)
-    checkpoints.save(4, {"w": torch.ones(1)}, {})
+    checkpoints.save(4, Snapshot({"w": torch.ones(1)}, {}))
     (tmp_path / "best.json").write_text('{"step": 4, "loss": 1.5}')
     assert (checkpoints.best(), checkpoints.best_loss()) == (4, 1.5)

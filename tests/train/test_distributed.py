@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import equilibria
 from equilibria import UserError
 from equilibria.tasks.task import Evaluation, Share
+from equilibria.train.checkpoint import CheckpointFolder
 from equilibria.train.engine import Engine, start_engine
+from equilibria.train.tensor_files import TensorFiles
 
 WORKER = Path(__file__).with_name("processes.py")
 _spec = importlib.util.spec_from_file_location("processes", WORKER)
@@ -30,6 +31,7 @@ _spec.loader.exec_module(processes)
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp": {"train": {"strategy": "fsdp"}},
+    "fsdp-background": {"train": {"strategy": "fsdp", "save_in_background": True}},
     "chunks": {"train": {"batch_chunks": 2}},
     "fsdp-chunks": {"train": {"strategy": "fsdp", "batch_chunks": 2}},
     "trellisnet": {"model": "trellisnet", "changes": {"task": {"memory_length": 1}}},
@@ -86,7 +88,9 @@ def curves(run: Path) -> dict[tuple[str, int], dict[str, float]]:
 
 
 def weights(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+    """Of one file or of parts."""
+    files = TensorFiles(run / "checkpoints" / f"step-{step:08d}", "model", "look")
+    return {name: files.read(name) for name in files.shapes}
 
 
 def assert_same_run(one: Path, other: Path, but: tuple[str, ...] = ()) -> None:
@@ -157,6 +161,35 @@ def test_a_run_goes_on_with_another_number_of_processes(two: Path, tmp_path: Pat
     assert_same_run(tmp_path / "from-fsdp", straight, but=differing_solves())
     launch(tmp_path, 2, {"from-straight": {"train": {"strategy": "fsdp"}}})
     assert_same_run(tmp_path / "from-straight", straight, but=differing_solves())
+
+
+@pytest.mark.slow
+def test_shards_of_two_processes_are_taken_up_by_four(two: Path, tmp_path: Path) -> None:
+    """And those of four by two."""
+    straight = alone(tmp_path, "straight", {})
+    first_half(two / "fsdp", tmp_path / "from-two")
+    launch(tmp_path, 4, dict.fromkeys(("from-two", "four"), CASES["fsdp"]))
+    first_half(tmp_path / "four", tmp_path / "from-four")
+    launch(tmp_path, 2, {"from-four": CASES["fsdp"]})
+    for name in ("from-two", "from-four"):
+        assert_same_run(tmp_path / name, straight, but=differing_solves())
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp-background"])
+def test_every_process_writes_its_shards(two: Path, name: str) -> None:
+    checkpoints = two / name / "checkpoints"
+    assert sorted(path.name for path in (checkpoints / "step-00000010").iterdir()) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "optimizer-00001-of-00002.safetensors",
+        "optimizer-00002-of-00002.safetensors",
+        "training.pt",
+    ]
+    state = CheckpointFolder(checkpoints).load_training(10)["optimizer"]["state"]
+    assert all(
+        not isinstance(v, torch.Tensor) or v.ndim == 0 for e in state.values() for v in e.values()
+    )
+    assert not list(checkpoints.glob(".*"))
 
 
 def test_rows_are_shared_without_gaps() -> None:

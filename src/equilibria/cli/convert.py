@@ -11,6 +11,7 @@ from equilibria import recipes
 from equilibria.cli.parsing import parse
 from equilibria.compat.convert import Converted, convert
 from equilibria.core.errors import UserError
+from equilibria.train.checkpoint import Snapshot
 from equilibria.train.experiment import Corpus, DataConfig, Experiment
 from equilibria.train.files import write_text
 from equilibria.train.run_folder import RunFolder
@@ -77,6 +78,6 @@ def _write(experiment: Experiment, converted: Converted, options: ConvertOptions
     run.write_json("environment.json", {"data": data.describe()})
     if isinstance(data, Corpus):
         run.write_json("vocabulary.json", json.loads(data.vocabulary.to_json()))
-    run.checkpoints.save(0, task.model.state_dict(), {})
+    run.checkpoints.save(0, Snapshot(task.model.state_dict(), {}))
     write_text(run.path / "conversion.txt", converted.report() + "\n")
     return run

@@ -23,7 +23,7 @@ from equilibria.train.engine import Engine, Strategy, start_engine
 from equilibria.train.environment import describe_environment
 from equilibria.train.experiment import Corpus, Data, Experiment
 from equilibria.train.files import read_json
-from equilibria.train.launch import is_launched, launch, run_name
+from equilibria.train.launch import is_launched, is_launched_by_user, launch, leave, run_name
 from equilibria.train.loop import Trainer, TrainingError
 from equilibria.train.report import finish, render
 from equilibria.train.run_folder import RunFolder
@@ -74,9 +74,12 @@ def main(arguments: Sequence[str]) -> int:
         return launch(worker, arguments, plan.recipe, config.devices, int(config.restarts), threads)
     engine = start_engine(config.torch_device(), config.devices, config.nodes, config.strategy)
     try:
-        return _train(plan, engine)
+        code = _train(plan, engine)
     finally:
         engine.close()
+    if is_launched_by_user():
+        leave(code)
+    return code
 
 
 def worker(arguments: list[str]) -> int:

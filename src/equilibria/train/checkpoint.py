@@ -6,21 +6,41 @@ import math
 import os
 import re
 import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from equilibria.core.errors import UserError
-from equilibria.train.files import flush_folder, read_json, remove_temporaries, write_json
+from equilibria.train.files import (
+    flush_file,
+    flush_folder,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
 from equilibria.train.shards import load_weights
+from equilibria.train.tensor_files import Part, TensorFiles, has_tensors, write_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
-_WEIGHTS, _TRAINING, _BEST = "model.safetensors", "training.pt", "best.json"
+_WEIGHTS, _OPTIMIZER, _TRAINING, _BEST = "model", "optimizer", "training.pt", "best.json"
+_SECONDS_FOR_PARTS = 600
+"""Until the other processes have written theirs; then the checkpoint is given up."""
+
+
+class Snapshot(NamedTuple):
+    """What a process writes of a checkpoint."""
+
+    weights: dict[str, Tensor]
+    training: dict[str, Any] | None = None
+    """What else is needed to go on; None in all processes but the first."""
+    optimizer: dict[str, Tensor] | None = None
+    """Shards of its state, where it is sharded; otherwise `training` has it."""
+    part: Part = Part()
 
 
 class _Mark(NamedTuple):
@@ -44,7 +64,8 @@ class CheckpointFolder:
     """The checkpoints of one run.
 
     Each is a folder `step-00000600` with `model.safetensors` (the weights) and `training.pt`
-    (optimiser, place in the data, random state: tensors and plain values only).
+    (optimiser, place in the data, random state: tensors and plain values only). Several processes
+    that have shards write one `model-00001-of-00002.safetensors` and `optimizer-...` each.
     """
 
     folder: Path
@@ -100,25 +121,59 @@ class CheckpointFolder:
             raise UserError(f"{file} holds no step and loss; {advice}")
         return sorted(mark for mark in found if mark.step in present)
 
-    def save(self, step: int, weights: dict[str, Tensor], training: dict[str, Any]) -> Path:
-        """Write a checkpoint beside the others and move it into place when it is complete."""
+    def begin(self, step: int) -> None:
+        """Make room for the checkpoint of a step, before processes write their parts of it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.remove_leftovers()
-        temporary = self.folder / f".writing-{step:08d}"
-        temporary.mkdir()
+        self._unfinished(step).mkdir()
+
+    def save(self, step: int, snapshot: Snapshot) -> None:
+        """Write a checkpoint, which others see when it is complete; or a part, after `begin`.
+
+        The first process waits for the others and moves the whole into place. One that fails
+        deletes the unfinished folder, by which the others notice, on a full disk, too.
+
+        Raises:
+            OSError: it cannot be written, or another process could not.
+        """
+        temporary = self._unfinished(step)
+        if snapshot.part.of == 1:
+            self.begin(step)
         try:
-            save_file(_contiguous(weights), temporary / _WEIGHTS)
-            torch.save(training, temporary / _TRAINING)
-            for file in temporary.iterdir():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-            flush_folder(temporary)
-            self._put_in_place(temporary, self.path(step))
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._write(temporary, snapshot)
+            if snapshot.training is not None:
+                _wait_for_parts(temporary, snapshot.part)
+                flush_folder(temporary)
+                self._put_in_place(temporary, self.path(step))
+                flush_folder(self.folder)
+        except BaseException as error:
+            if isinstance(error, OSError) and not temporary.exists():
+                raise OSError("another process could not write its part") from error
+            self._give_up(temporary, shared=snapshot.part.of > 1)
             raise
-        flush_folder(self.folder)
-        return self.path(step)
+
+    def _give_up(self, temporary: Path, *, shared: bool) -> None:
+        """Delete an unfinished checkpoint, at once from where others may be writing into it."""
+        target = temporary
+        if shared:
+            target = self.folder / f".former-{temporary.name}-{os.getpid()}"
+            with suppress(OSError):
+                temporary.rename(target)
+        shutil.rmtree(target, ignore_errors=True)
+
+    def _unfinished(self, step: int) -> Path:
+        return self.folder / f".writing-{step:08d}"
+
+    def _write(self, folder: Path, snapshot: Snapshot) -> None:
+        """The files of one process, flushed to disk."""
+        tensors = {_WEIGHTS: snapshot.weights}
+        if snapshot.optimizer is not None:
+            tensors[_OPTIMIZER] = snapshot.optimizer
+        for stem, values in tensors.items():
+            write_tensors(folder / snapshot.part.file_name(stem), values)
+        if snapshot.training is not None:
+            torch.save(snapshot.training, folder / _TRAINING)
+            flush_file(folder / _TRAINING)
 
     def remove_leftovers(self) -> None:
         """Delete what a killed process was about to write."""
@@ -164,20 +219,21 @@ class CheckpointFolder:
             UserError: the file is missing, truncated or damaged, or the tensors in it are not
                 those of the model; the model is untouched then.
         """
-        file = self.path(step) / _WEIGHTS
-        try:
-            weights = load_file(file)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{file} is missing; use another checkpoint of the run (--checkpoint STEP)"
-            ) from error
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(
-                f"{file} is truncated or damaged ({error}); use another checkpoint of the run "
-                "(--checkpoint STEP)"
-            ) from error
-        _check_fit(file, weights, model.state_dict())
-        load_weights(model, weights)
+        advice = "use another checkpoint of the run (--checkpoint STEP)"
+        files = TensorFiles(self.path(step), _WEIGHTS, advice)
+        _check_fit(files, model.state_dict())
+        load_weights(model, files)
+
+    def optimizer_shards(self, step: int) -> TensorFiles | None:
+        """What processes with shards wrote of their optimiser; None where training has all of it.
+
+        Raises:
+            UserError: files are missing, truncated or damaged.
+        """
+        if not has_tensors(self.path(step), _OPTIMIZER):
+            return None
+        advice = f"delete the folder {self.path(step)} to resume from the checkpoint before it"
+        return TensorFiles(self.path(step), _OPTIMIZER, advice)
 
     def load_training(self, step: int) -> dict[str, Any]:
         """Read what training needs to go on from a checkpoint.
@@ -200,11 +256,28 @@ class CheckpointFolder:
         return state
 
 
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def _wait_for_parts(folder: Path, part: Part) -> None:
+    """Until all files of all processes are there.
+
+    Raises:
+        FileNotFoundError: another process has given up.
+        OSError: it does not come.
+    """
+    expected = [each.file_name(stem) for each in part.all() for stem in (_WEIGHTS, _OPTIMIZER)]
+    deadline = time.monotonic() + _SECONDS_FOR_PARTS
+    while part.of > 1 and (missing := [name for name in expected if not (folder / name).exists()]):
+        if not folder.exists():
+            raise FileNotFoundError
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"{missing[0]} did not come within {_SECONDS_FOR_PARTS} s; all processes need to "
+                "see the same folder"
+            )
+        time.sleep(0.02)
 
 
-def _check_fit(file: Path, given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _check_fit(files: TensorFiles, expected: dict[str, Tensor]) -> None:
+    file, given = files.path, files.shapes
     missing, foreign = expected.keys() - given.keys(), given.keys() - expected.keys()
     if missing or foreign:
         raise UserError(
@@ -213,9 +286,9 @@ def _check_fit(file: Path, given: dict[str, Tensor], expected: dict[str, Tensor]
             "the configuration it was trained with"
         )
     for name, tensor in expected.items():
-        if given[name].shape != tensor.shape:
+        if given[name] != tensor.shape:
             raise UserError(
-                f"{file} has {name} of shape {tuple(given[name].shape)}, the model's is "
+                f"{file} has {name} of shape {given[name]}, the model's is "
                 f"{tuple(tensor.shape)}; the configuration or the text has changed since"
             )
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Self, cast
 
 from torch import Tensor
 
-from equilibria.train.checkpoint import CheckpointFolder
+from equilibria.train.checkpoint import CheckpointFolder, Snapshot
 from equilibria.train.experiment import TrainConfig
 
 
 class CheckpointWriter:
-    """Saves checkpoints, at once or beside the training; for the main process.
+    """Saves checkpoints, or the part of them that this process has, at once or beside the training.
 
     A checkpoint that cannot be written leaves those before it as they were, and the next one is
     another attempt. Use as a context manager, whose end waits for what is being written.
@@ -44,24 +45,26 @@ class CheckpointWriter:
         self._failure = self.wait()
         return self._checkpoints.best_loss(self._config.keep_best)
 
-    def save(
-        self,
-        step: int,
-        weights: dict[str, Tensor],
-        training: dict[str, Any],
-        valid_loss: float | None,
-    ) -> str | None:
+    def begin(self, step: int) -> None:
+        """Make room for parts of the next checkpoint, when the last one is written.
+
+        For the first process. What goes wrong is found by `save`.
+        """
+        self.wait()
+        with suppress(OSError):
+            self._checkpoints.begin(step)
+
+    def save(self, step: int, snapshot: Snapshot, valid_loss: float | None = None) -> str | None:
         """Write a checkpoint, or begin to; what went wrong with this one or the one before."""
         failure = self.wait()
         if not self._config.save_in_background:
-            self._failure = self._write(step, weights, training, valid_loss)
+            self._failure = self._write(step, snapshot, valid_loss)
             return self._failure
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "checkpoints")
         # Copies, because training goes on with the originals.
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-        training = cast(dict[str, Any], _copied(training))
-        self._writing = self._thread.submit(self._write, step, weights, training, valid_loss)
+        copies = Snapshot(**_copied(snapshot._asdict()))
+        self._writing = self._thread.submit(self._write, step, copies, valid_loss)
         return failure
 
     def wait(self) -> str | None:
@@ -71,16 +74,12 @@ class CheckpointWriter:
             self._writing = None
         return self._failure
 
-    def _write(
-        self,
-        step: int,
-        weights: dict[str, Tensor],
-        training: dict[str, Any],
-        valid_loss: float | None,
-    ) -> str | None:
+    def _write(self, step: int, snapshot: Snapshot, valid_loss: float | None) -> str | None:
         checkpoints, config = self._checkpoints, self._config
         try:
-            checkpoints.save(step, weights, training)
+            checkpoints.save(step, snapshot)
+            if snapshot.training is None:
+                return None
             if valid_loss is not None and valid_loss < checkpoints.best_loss(config.keep_best):
                 checkpoints.mark_best(step, valid_loss, config.keep_best)
             checkpoints.prune(config.keep_checkpoints)

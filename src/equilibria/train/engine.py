@@ -41,6 +41,9 @@ class Engine:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    is_sharded = False
+    """Whether every process holds a part of the parameters and of the optimiser's state."""
+
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and speaks to the user."""
@@ -87,10 +90,12 @@ class FabricEngine(Engine):
 
     Args:
         fabric: launched.
+        is_sharded: by FSDP.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: Fabric, *, is_sharded: bool = False) -> None:
         super().__init__(fabric.device)
+        self.is_sharded = is_sharded
         self.share = Share(fabric.global_rank, fabric.world_size)
         self._fabric = fabric
 
@@ -182,7 +187,7 @@ def start_engine(
             f"the launcher started {fabric.world_size} processes and --train.devices times "
             f"--train.nodes is {devices * nodes}; give both the same numbers"
         )
-    return FabricEngine(fabric)
+    return FabricEngine(fabric, is_sharded=strategy == "fsdp")
 
 
 def _sharded(model: nn.Module, mesh: Any) -> nn.Module:

@@ -51,6 +51,12 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{path} cannot be read ({error}); {what}") from error
 
 
+def flush_file(path: Path) -> None:
+    """Make what was written to a file survive a power cut."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
 def flush_folder(folder: Path) -> None:
     """Make renames inside a folder survive a power cut, where the system can do that."""
     try:

@@ -7,9 +7,10 @@ by the user on each.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,6 +25,22 @@ _SECONDS_TO_SAVE = 120
 def is_launched() -> bool:
     """Whether torchrun, Slurm or `launch` has started this process as one of several."""
     return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def is_launched_by_user() -> bool:
+    """Whether it was torchrun or Slurm, of which every process is a command of its own."""
+    return is_launched() and _RUN_NAME not in os.environ
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that torchrun or Slurm has started, with what it wrote so far.
+
+    Not by the interpreter, whose threads of process groups may abort at its end (seen once in a
+    hundred times): the launcher would start a finished training again.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def run_name(recipe: str) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from equilibria.core.errors import UserError
 from equilibria.tasks.task import Evaluation, Task
+from equilibria.train.checkpoint import Snapshot
 from equilibria.train.checkpoint_writer import CheckpointWriter
 from equilibria.train.engine import Engine
 from equilibria.train.experiment import Data, Experiment
@@ -21,8 +22,14 @@ from equilibria.train.metrics_log import MetricsLog
 from equilibria.train.optimizers import Plateau
 from equilibria.train.progress import Progress
 from equilibria.train.run_folder import RunFolder
-from equilibria.train.shards import cut_optimizer_state, whole
+from equilibria.train.shards import (
+    cut_optimizer_state,
+    held_here,
+    split_optimizer_state,
+    whole,
+)
 from equilibria.train.statistics import Clock, Interval, SolveStatistics, StepRecord
+from equilibria.train.tensor_files import Part
 
 
 class TrainingError(RuntimeError):
@@ -270,14 +277,31 @@ class Trainer:
             self._progress.say(line)
 
     def _save(self) -> None:
-        """Gather everything, and let the main process write it."""
-        weights, training = whole(self.task.model.state_dict()), self._training_state()
+        """Let the main process write everything, or every process its shards."""
+        if self.engine.is_sharded and self.engine.is_main:
+            self._writer.begin(self.step)
+        snapshot = self._snapshot()  # which no process leaves before all have entered it
         failure = None
-        if self.engine.is_main:
-            failure = self._writer.save(self.step, weights, training, self._valid_loss)
+        if self.engine.is_main or self.engine.is_sharded:
+            failure = self._writer.save(self.step, snapshot, self._valid_loss)
         self._valid_loss, self._saved_step = None, self.step
         if failure is not None:
             self._say(f"{failure}; training goes on")
+
+    def _snapshot(self) -> Snapshot:
+        """What this process writes of a checkpoint."""
+        weights, optimizer = self.task.model.state_dict(), self.optimizer.state_dict()
+        if not self.engine.is_sharded:
+            return Snapshot(weights, self._training_state(optimizer))
+        shards, rest = split_optimizer_state(optimizer)
+        training, first = self._training_state(rest), self.engine.is_main
+        rank, num_processes = self.engine.share
+        return Snapshot(
+            held_here(weights, first=first),
+            training if first else None,
+            shards,
+            Part(rank + 1, num_processes),
+        )
 
     def _finish_writing(self) -> None:
         """Wait for the last checkpoint; all processes learn whether it is there.
@@ -292,7 +316,8 @@ class Trainer:
     def _restore(self, state: dict[str, Any], step: int) -> None:
         device = next(self.task.model.parameters()).device
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.optimizer.load_state_dict(cut_optimizer_state(state["optimizer"], parameters))
+        shards = self.run.checkpoints.optimizer_shards(step)
+        self.optimizer.load_state_dict(cut_optimizer_state(state["optimizer"], parameters, shards))
         self.task.load_state_dict(state["task"])
         self.clock = Clock(**state["clock"])
         self.statistics.load_state_dict(state["statistics"])
@@ -302,12 +327,12 @@ class Trainer:
         self._num_skipped = state["num_skipped"]
         _restore_random(state["random"], self.engine, self.experiment.seed, step)
 
-    def _training_state(self) -> dict[str, Any]:
+    def _training_state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
         own = {"task": self.task.state_dict(), "random": _random_state()}
         states = self.engine.gather(own)
         interval = Interval.gathered(self.engine.gather(self._interval.state_dict()))
         return {
-            "optimizer": whole(self.optimizer.state_dict()),
+            "optimizer": optimizer,
             "task": self.task.gathered([state["task"] for state in states]),
             "clock": vars(self.clock),
             "statistics": self.statistics.state_dict(),
