@@ -53,7 +53,7 @@ class Sample:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, sample, save."""
     given = options.parse(__doc__, arguments, list(MODELS))
-    num_steps, seconds = (900, 0.1) if given.tiny else (NUM_STEPS, 5.0)
+    num_steps, seconds = (300, 0.05) if given.tiny else (NUM_STEPS, 5.0)
     rows: dict[str, Any] = {}
     for name in given.names:
         with tempfile.TemporaryDirectory() as scratch:

@@ -96,6 +96,22 @@ def _corpus(result: dict[str, Any]) -> str:
     return _table(columns, rows)
 
 
+def _long_run(result: dict[str, Any]) -> str:
+    """A row per model: memory of its goes, files, size of the folder."""
+    columns = ["model", "steps", "memory in MiB, three goes", "most files", "run folder, MiB"]
+    rows = [
+        [
+            name,
+            f"{row['steps']:,}",
+            "; ".join(f"{c['mib_at_first']:.0f} to {c['mib_at_last']:.0f}" for c in row["chunks"]),
+            str(row["most_files"]),
+            f"{row['folder_mib']:.1f}",
+        ]
+        for name, row in result["models"].items()
+    ]
+    return _table(columns, rows)
+
+
 def _generation(result: dict[str, Any]) -> str:
     """A row per model and length; times of others over those with a cache."""
     ways = {"memory": "projected anew", "recomputed": "read again", "cached, 16 texts": "16 texts"}
@@ -746,6 +762,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "causal solves": _measured("causal_solves", causal_solves),
         "generation": _measured("generation", _generation),
     },
+    "training.md": {"long run": _measured("long_run", _long_run)},
 }
 
 

@@ -23,6 +23,7 @@ TIMED = {
     "rounded_history": [],
     "profile_step": [],
     "corpus_memory": [],
+    "long_run": ["deq-transformer"],
     "generation": [],
     "gpu.wt103_block": ["bfloat16"],
     "gpu.wt103_training": ["wt103-deq-transformer-regularised", "wt103-deq-trellisnet"],

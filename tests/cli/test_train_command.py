@@ -329,3 +329,32 @@ def test_the_trainer_leaves_no_handler_behind(cli: Any, tiny: list[str], tmp_pat
     assert cli("train", *tiny, "--train.num-steps", 1, "--train.folder", tmp_path).code == 0
     assert signal.getsignal(signal.SIGINT) is before
     assert Trainer.fit.__doc__
+
+
+def test_metrics_go_to_trackers_too(
+    tiny: list[str], tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    runs = tmp_path / "runs"
+    done = cli("train", *tiny, "--train.folder", runs, "--train.trackers", "wandb")
+    assert done.code == 0, done.err
+    (run,) = runs.iterdir()
+    assert cli("train", "--resume", run).code == 0
+    identity = json.loads((run / "trackers.json").read_text())["wandb"]
+    files = list(run.glob(f"wandb/offline-run-*/run-{identity}.wandb"))
+    content = b"".join(file.read_bytes() for file in files)
+    assert b"valid/loss" in content
+    assert b"summary/test_loss" in content
+
+
+def test_an_unknown_tracker_is_refused_before_anything_is_made(
+    tiny: list[str], tmp_path: Path, cli: Any
+) -> None:
+    runs = tmp_path / "runs"
+    done = cli("train", *tiny, "--train.folder", runs, "--train.trackers", "wanb")
+    assert done.code == 2
+    assert "there is no tracker 'wanb'; did you mean 'wandb'?" in done.err
+    assert not runs.exists()

@@ -18,7 +18,7 @@ from equilibria.cli.main import EXIT_TRAINING_ERROR
 from equilibria.cli.parsing import parse
 from equilibria.core.errors import UserError
 from equilibria.tasks.task import Task
-from equilibria.train.config_file import from_json
+from equilibria.train.config_file import from_json, to_json
 from equilibria.train.engine import Engine, Strategy, start_engine
 from equilibria.train.environment import describe_environment
 from equilibria.train.experiment import Corpus, Data, Experiment
@@ -27,6 +27,7 @@ from equilibria.train.launch import is_launched, is_launched_by_user, launch, le
 from equilibria.train.loop import Trainer, TrainingError
 from equilibria.train.report import finish, render
 from equilibria.train.run_folder import RunFolder
+from equilibria.train.trackers import Trackers, check_trackers
 
 _SHORT = {
     "--data": "--data.folder",
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     """Train; 0 when finished, 128 + signal when stopped and saved, 1 when loss is not finite."""
     plan = _plan([_long_name(word) for word in arguments])
     config = plan.experiment.train
+    check_trackers(config.trackers)
     if config.devices > 1 and config.nodes == 1 and not is_launched():
         threads = max((os.cpu_count() or 1) // config.devices, 1)
         return launch(worker, arguments, plan.recipe, config.devices, int(config.restarts), threads)
@@ -101,15 +103,18 @@ def worker(arguments: list[str]) -> int:
 def _train(plan: Plan, engine: Engine) -> int:
     with ExitStack() as stack:
         data, trainer = _prepared(plan, engine, stack)
+        trackers = trainer.trackers
         try:
-            exit_code = trainer.fit()
+            exit_code = trackers.exit_code = trainer.fit()
             if not engine.is_main:
                 return exit_code
             if exit_code:
                 _say_how_to_go_on(trainer, f"stopped after step {trainer.step} and saved")
                 return exit_code
             summary = finish(trainer, data)
+            trackers.summarise(summary)
         except TrainingError as error:
+            trackers.exit_code = EXIT_TRAINING_ERROR
             print(f"error: {error}", file=sys.stderr)
             return EXIT_TRAINING_ERROR
         except KeyboardInterrupt:
@@ -152,6 +157,7 @@ def _prepared(plan: Plan, engine: Engine, stack: ExitStack) -> tuple[Data, Train
     path = engine.from_main(None if run is None else run.path)
     run = run or RunFolder(cast(Path, path))
     trainer = Trainer(plan.experiment, task, run, engine)
+    _start_trackers(trainer, stack)
     if engine.from_main(bool(run.checkpoints.steps())):
         trainer.resume()
         if engine.is_main:
@@ -159,6 +165,30 @@ def _prepared(plan: Plan, engine: Engine, stack: ExitStack) -> tuple[Data, Train
     elif plan.resumed is not None:
         run.checkpoints.latest()  # which says that there is none
     return data, trainer
+
+
+def _start_trackers(trainer: Trainer, stack: ExitStack) -> None:
+    """In the main process, until the stack is closed; all processes learn of a failure.
+
+    Raises:
+        UserError: one could not begin.
+    """
+    config, engine, failure = trainer.experiment.train, trainer.engine, None
+    if engine.is_main and config.trackers:
+        about = to_json(trainer.experiment)
+        try:
+            trackers = Trackers.start(config.trackers, config.project, trainer.run, about)
+            stack.callback(_tell, trackers)  # when they have ended
+            trainer.trackers = stack.enter_context(trackers)
+        except UserError as error:
+            failure = str(error)
+    if failure := engine.from_main(failure):
+        raise UserError(failure)
+
+
+def _tell(trackers: Trackers) -> None:
+    for complaint in trackers.told():
+        print(complaint, file=sys.stderr)
 
 
 def _say_how_to_go_on(trainer: Trainer, what: str) -> None:

@@ -108,6 +108,10 @@ class TrainConfig:
     solver states and losses stay in float32."""
     folder: Path = Path("runs")
     """Where run folders are made."""
+    trackers: tuple[str, ...] = ()
+    """Where metrics go besides the run folder: wandb, trackio, or both."""
+    project: str = "equilibria"
+    """What the run belongs to there."""
 
     def __post_init__(self) -> None:
         for name in (

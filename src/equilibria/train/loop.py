@@ -30,6 +30,7 @@ from equilibria.train.shards import (
 )
 from equilibria.train.statistics import Clock, Interval, SolveStatistics, StepRecord
 from equilibria.train.tensor_files import Part
+from equilibria.train.trackers import Trackers
 
 
 class TrainingError(RuntimeError):
@@ -68,6 +69,8 @@ class Trainer:
         self._num_skipped = 0
         """Steps in a row that were not finite."""
         self._saved_step = 0
+        self.trackers = Trackers()
+        """Where the main process sends its records, too; started and ended by whoever sets them."""
         self._progress: Progress | None = None
         self._log: MetricsLog | None = None
         self._writer = CheckpointWriter(run.checkpoints, experiment.train)
@@ -271,6 +274,9 @@ class Trainer:
             self._log.write(record)
         except OSError as error:
             self._say(f"the metrics of step {self.step} could not be written ({error.strerror})")
+        self.trackers.log(record)
+        for complaint in self.trackers.told():
+            self._say(complaint)
 
     def _say(self, line: str) -> None:
         if self._progress is not None:
