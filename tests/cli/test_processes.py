@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,6 +125,40 @@ def test_torchrun_starts_a_training_and_says_what_it_said(tiny: list[str], tmp_p
     assert len(re.findall("test split", done.stdout)) == 1
     (run,) = runs.iterdir()
     assert run.name.endswith("-job")
+    assert steps(runs) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_processes_that_slurm_starts(tiny: list[str], tmp_path: Path) -> None:
+    """By the variables that srun sets; the same job and step, queued again, goes on."""
+    runs = tmp_path / "runs"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {
+        "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2", "SLURM_JOB_NAME": "deq", "SLURM_NNODES": "1",
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    options = ["--train.num-steps", "4", "--train.folder", str(runs)]
+    for attempt in ("first", "again"):
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "equilibria", "train", *map(str, tiny), *START, *options],
+                env={**os.environ, **job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
+        said = [process.communicate(timeout=240) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+        assert [out.count("test split") for out, _ in said] == [1, 0]
+        assert ("going on after step 4" in said[0][1]) == (attempt == "again")
+    (run,) = runs.iterdir()
+    assert run.name.endswith("-4711.2")
     assert steps(runs) == [1, 2, 3, 4]
 
 

@@ -31,9 +31,11 @@ from equilibria.data.characters import CharacterVocabulary
 from equilibria.data.word_corpus import WordCorpusConfig
 from equilibria.data.words import WordVocabulary
 from equilibria.models.deq_transformer import DEQTransformerConfig
+from equilibria.pretrained import Pretrained
 from equilibria.train.checkpoint import CheckpointFolder
 from equilibria.train.config_file import to_json
 from equilibria.train.run_folder import RunFolder
+from equilibria.train.tensor_files import Part, write_tensors
 
 _spec = importlib.util.spec_from_file_location(
     "old_layouts", Path(__file__).parents[1] / "compat" / "old_layouts.py"
@@ -83,6 +85,39 @@ def _training(folder: Path) -> Path:
     file = checkpoint / "training.pt"
     torch.save({"optimizer": {"m": torch.arange(9.0)}, "place": 7, "list": [1, "two"]}, file)
     return file
+
+
+def _part(stem: str) -> Callable[[Path], Path]:
+    """Of two, as FSDP writes them; the second is damaged."""
+
+    def make(folder: Path) -> Path:
+        checkpoint = CheckpointFolder(folder).path(3)
+        checkpoint.mkdir()
+        for part in Part(1, 2).all():
+            rows = {n: t.chunk(2)[part.number - 1] for n, t in tiny_model().state_dict().items()}
+            write_tensors(checkpoint / part.file_name(stem), rows)
+        return checkpoint / Part(2, 2).file_name(stem)
+
+    return make
+
+
+def _read_shards(file: Path) -> object:
+    files = CheckpointFolder(file.parents[1]).optimizer_shards(3)
+    return files and [files.read(name) for name in files.shapes]
+
+
+def _shared(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        config = DEQTransformerConfig(d_model=8, num_heads=2, d_inner=8)
+        words = CharacterVocabulary.from_text("abcdefghij\n")
+        Pretrained(config.build(11), config, vocabulary=words).save_pretrained(folder)
+        return folder / name
+
+    return make
+
+
+def _read_shared(file: Path) -> object:
+    return Pretrained.from_pretrained(file.parent)
 
 
 def _best(folder: Path) -> Path:
@@ -151,6 +186,14 @@ READERS = {
     "training state": Reader(
         _training, lambda file: CheckpointFolder(file.parents[1]).load_training(3)
     ),
+    "part of weights": Reader(
+        _part("model"),
+        lambda file: CheckpointFolder(file.parents[1]).load_weights(3, tiny_model()),
+    ),
+    "part of an optimiser's state": Reader(_part("optimizer"), _read_shards),
+    "shared configuration": Reader(_shared("config.json"), _read_shared),
+    "shared weights": Reader(_shared("model.safetensors"), _read_shared),
+    "shared vocabulary": Reader(_shared("vocabulary.json"), _read_shared),
     "best checkpoints": Reader(_best, lambda file: CheckpointFolder(file.parent).best()),
     "metrics": Reader(_metrics, lambda file: list(RunFolder(file.parent).metrics())),
     "words of a text": Reader(

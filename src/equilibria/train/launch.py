@@ -46,10 +46,13 @@ def leave(code: int) -> NoReturn:
 def run_name(recipe: str) -> str | None:
     """Name of the run folder that all attempts of a launch share; None to name it by the time.
 
-    Under torchrun it is that of --rdzv-id, without which a second attempt finds nothing.
+    Under torchrun it is that of --rdzv-id, without which a second attempt finds nothing; under
+    Slurm that of the job and its step, which stay the same when the job is queued again.
     """
     if name := os.environ.get(_RUN_NAME):
         return name
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_JOB_ID" in os.environ:
+        return f"{recipe}-{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', '0')}"
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if launch == "none" else f"{recipe}-{launch}"
 
