@@ -144,8 +144,9 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         convert(tmp_path / "nowhere.pkl")
     (tmp_path / "text.pkl").write_text("hello")
-    with pytest.raises(UserError, match="cannot be read without running code"):
+    with pytest.raises(UserError, match="cannot be read without running code") as error:
         convert(tmp_path / "text.pkl")
+    assert "weights_only" not in str(error.value).replace("Weights only load failed", "")
     with pytest.raises(UserError, match="holds no state dict"):
         convert(saved([1, 2], tmp_path))
     with pytest.raises(UserError, match="of no model that is converted"):

@@ -100,8 +100,10 @@ def read_tensors(path: Path) -> OldTensors:
     except FileNotFoundError:
         raise UserError(f"there is no file '{path}'; give a checkpoint (.pkl or .pth)") from None
     except Exception as error:
-        # torch.load raises whatever its zip and unpickling layers raise.
+        # torch.load raises whatever its zip and unpickling layers raise; what it advises next is
+        # to let the file run its code.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason.partition(". In PyTorch 2.6")[0]
         raise UserError(
             f"'{path}' cannot be read without running code in it ({reason}). It is damaged, or a "
             "whole pickled model and no state dict: load it with the code that wrote it, in a "

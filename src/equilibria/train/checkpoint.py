@@ -245,8 +245,10 @@ class CheckpointFolder:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            # torch.load raises whatever its zip and unpickling layers raise
+            # torch.load raises whatever its zip and unpickling layers raise; what it advises next
+            # is to let the file run its code.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = reason.partition(". In PyTorch 2.6")[0]
             raise UserError(
                 f"{file} is missing, truncated or damaged ({reason}); delete the folder "
                 f"{file.parent} to resume from the checkpoint before it"
