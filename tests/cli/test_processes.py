@@ -163,8 +163,9 @@ def test_processes_that_slurm_starts(tiny: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_started_again(launched: Any) -> None:
-    process, runs = launched(300)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_process_that_dies_is_started_again(launched: Any, strategy: str) -> None:
+    process, runs = launched(300, "--strategy", strategy)
     wait_for(lambda: max(steps(runs), default=0) >= 10, process)
     os.kill(workers(process)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=240)
