@@ -76,7 +76,7 @@ def test_a_full_disk_says_so_and_leaves_nothing(write_text, cache, monkeypatch):
     assert list((cache / "encoded").iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["short", "header", "vocabulary"])
+@pytest.mark.parametrize("damage", ["short", "header", "vocabulary", "-1", "9"])
 def test_a_damaged_cache_is_noticed(damage, write_text, cache):
     config = WordCorpusConfig(folder=write_text())
     config.load()
@@ -86,6 +86,10 @@ def test_a_damaged_cache_is_noticed(damage, write_text, cache):
             (folder / "valid.int32").write_bytes(b"1234")
         case "header":
             (folder / "header.json").write_text("{}")
+        case "-1" | "9":  # ids of no word
+            data = bytearray((folder / "train.int32").read_bytes())
+            data[4:8] = int(damage).to_bytes(4, sys.byteorder, signed=True)
+            (folder / "train.int32").write_bytes(data)
         case _:
             (folder / "vocabulary.json").unlink()
     with pytest.raises(UserError, match="damaged.*delete that folder"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from equilibria.data.words import Encoder, WordVocabulary
 
 _FORMAT = 2
 """Of the encoded files and of what ids mean; with another number they are made anew."""
+_CHECKED_AT_ONCE = 2**20
 _MIN_SPLIT = 2  # one token to read and one to predict
 
 
@@ -175,7 +177,7 @@ def _write(chunks: Iterable[Any], path: Path) -> int:
 
 
 def _opened(folder: Path, name: str, digest: str) -> WordCorpus:
-    """Map what `_encode` wrote; sizes are checked, since disks fail."""
+    """Map what `_encode` wrote; sizes and ids are checked, since disks fail."""
     try:
         header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
         vocabulary = WordVocabulary.from_json(
@@ -183,7 +185,8 @@ def _opened(folder: Path, name: str, digest: str) -> WordCorpus:
         )
         num_unknown = {str(split): int(count) for split, count in header["num_unknown"].items()}
         train, valid, test = (
-            _mapped(folder / f"{split}.int32", header["num_tokens"][split]) for split in SPLITS
+            _mapped(folder / f"{split}.int32", header["num_tokens"][split], len(vocabulary))
+            for split in SPLITS
         )
     except (
         OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
@@ -196,8 +199,13 @@ def _opened(folder: Path, name: str, digest: str) -> WordCorpus:
     return WordCorpus(train, valid, test, vocabulary, name, digest, num_unknown)
 
 
-def _mapped(path: Path, count: int) -> Tensor:
+def _mapped(path: Path, count: int, num_words: int) -> Tensor:
     size = path.stat().st_size
     if size != 4 * count:
         raise ValueError(f"{path.name} has {size} bytes instead of {4 * count}")
+    with path.open("rb") as file:  # read, and not mapped: pages looked at would stay in memory
+        while piece := file.read(4 * _CHECKED_AT_ONCE):
+            ids = np.frombuffer(piece, np.int32)
+            if ids.min() < 0 or ids.max() >= num_words:
+                raise ValueError(f"{path.name} has ids that are none of {num_words} words")
     return torch.from_file(str(path), shared=False, size=count, dtype=torch.int32)
