@@ -95,3 +95,108 @@ def test_the_spectral_radius_is_estimated_if_asked_for(cli: Any, finished: Any) 
     assert result.code == 0, result.err
     mean, largest = re.search(r"spectral radius mean (\S+), largest (\S+)", result.out).groups()
     assert 0.0 < float(mean) <= float(largest) < 10.0
+
+
+@pytest.fixture(scope="module")
+def shared(cli: Any, finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("share") / "shared"
+    assert cli("share", finished.path, "--folder", folder).code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def test_split(text_file: Path, finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test split of the finished run as a file of its own."""
+    num_test = json.loads((finished.path / "environment.json").read_text())["data"]["num_test"]
+    file = tmp_path_factory.mktemp("other") / "other.txt"
+    file.write_text(text_file.read_text()[-num_test:])
+    return file
+
+
+def _after_first_line(text: str) -> str:
+    """Without the seconds, too."""
+    return "".join(line for line in text.splitlines(keepends=True)[1:] if "tokens/s" not in line)
+
+
+def test_a_text_of_its_own_is_scored_as_the_split_would_be(
+    cli: Any, finished: Any, shared: Path, test_split: Path
+) -> None:
+    split = cli("eval", finished.path)
+    options = ["--text", test_split]
+    of_run = cli("eval", finished.path, *options)
+    assert of_run.code == 0, of_run.err
+    assert of_run.out.startswith(f"{test_split}, checkpoint of step ")
+    assert _after_first_line(of_run.out) == _after_first_line(split.out)
+    of_shared = cli("eval", shared, *options, "--streams", 2)
+    assert of_shared.code == 0, of_shared.err
+    assert of_shared.out.startswith(f"{test_split}, {shared}, ")
+    assert _after_first_line(of_shared.out) == _after_first_line(split.out)
+
+
+def test_options_hold_for_a_shared_model(cli: Any, shared: Path, test_split: Path) -> None:
+    options = ["--text", test_split, "--max-steps", 3, "--rtol", 1e-9, "--spectral-radius"]
+    result = cli("eval", shared, *options, "--mem-len", 5, "--solver", "picard")
+    assert result.code == 0, result.err
+    assert "function evaluations mean 4.0" in result.out
+    assert "spectral radius mean" in result.out
+
+
+def test_a_text_needs_no_data_of_the_run(
+    cli: Any, run: Path, test_split: Path, tmp_path: Path
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["data"]["path"] = str(tmp_path / "gone.txt")
+    (run / "config.json").write_text(json.dumps(config))
+    assert "there is no file" in cli("eval", run).err
+    assert cli("eval", run, "--text", test_split).code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no file"),
+        ("", "is empty"),
+        ("a", "at least 2 tokens"),
+        ("the cow, 42 times", "the text uses ',', '4', '2', which the vocabulary"),
+    ],
+)
+def test_a_bad_text_is_a_sentence(
+    cli: Any, shared: Path, tmp_path: Path, text: str | None, message: str
+) -> None:
+    file = tmp_path / "other.txt"
+    if text is not None:
+        file.write_text(text)
+    result = cli("eval", shared, "--text", file)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_what_does_not_go_together(cli: Any, finished: Any, shared: Path, test_split: Path) -> None:
+    assert "has no data of its own; give --text FILE" in cli("eval", shared).err
+    both = cli("eval", finished.path, "--text", test_split, "--split", "valid")
+    assert "--split valid is of the text of the run; leave it out" in both.err
+    last = cli("eval", shared, "--text", test_split, "--checkpoint", "last")
+    assert "holds one checkpoint only; leave out --checkpoint" in last.err
+
+
+def test_unknown_words_of_a_text_are_told(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EQUILIBRIA_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "words"
+    folder.mkdir()
+    line = " ".join(["the cow sees a <unk> cow"] * 3) + "\n"
+    for split in ("train", "valid", "test"):
+        (folder / f"ptb.{split}.txt").write_text(line * 8)
+    trained = cli(
+        "train", "ptb-small", "--data", folder, "--data.name", "None", "--train.num-steps", 2,
+        "--task.batch-size", 2, "--task.segment-length", 8, "--train.folder", tmp_path / "runs",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    (run,) = (tmp_path / "runs").iterdir()
+    split, same = cli("eval", run), cli("eval", run, "--text", folder / "ptb.test.txt")
+    assert _after_first_line(split.out) == _after_first_line(same.out)
+    assert "read as" not in same.out
+    (tmp_path / "other.txt").write_text("the cow sees a horse\nand a\n")
+    other = cli("eval", run, "--text", tmp_path / "other.txt")
+    assert "2 of 9 tokens are words that the vocabulary does not have, read as <unk>" in other.out

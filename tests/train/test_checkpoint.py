@@ -187,6 +187,37 @@ def test_what_a_killed_process_left_is_removed(checkpoints: CheckpointFolder) ->
     assert os.listdir(checkpoints.folder) == ["step-00000008"]
 
 
+def test_a_kill_between_the_renames_of_a_repeated_step_loses_nothing(
+    checkpoints: CheckpointFolder,
+) -> None:
+    checkpoints.save(1, Snapshot(_model(0).state_dict(), TRAINING))
+    before = _bytes(checkpoints.folder)
+    (checkpoints.folder / "step-00000001").rename(checkpoints.folder / ".former-step-00000001")
+    (checkpoints.folder / ".writing-00000001").mkdir()
+    checkpoints.remove_leftovers()
+    assert _bytes(checkpoints.folder) == before
+    assert checkpoints.steps() == [1]
+
+
+def test_a_crash_in_the_middle_of_deleting_leaves_no_half_checkpoint(
+    checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        checkpoints.save(step, Snapshot(_model().state_dict(), TRAINING))
+
+    def crash(folder: Path, **_: Any) -> None:
+        (folder / "model.safetensors").unlink()
+        raise _CrashError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", crash)
+        with pytest.raises(_CrashError):
+            checkpoints.prune(1)
+    assert checkpoints.steps() == [2]
+    checkpoints.remove_leftovers()
+    assert os.listdir(checkpoints.folder) == ["step-00000002"]
+
+
 def _cut(file: Path, share: float) -> None:
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * share)])

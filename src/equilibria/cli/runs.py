@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from equilibria.cli.train import check_data, load_config
 from equilibria.core.errors import UserError
+from equilibria.pretrained.folder import read_vocabulary
 from equilibria.tasks.language_modeling import LanguageModeling
 from equilibria.tasks.task import Task
-from equilibria.train.experiment import Corpus, Data, Experiment
+from equilibria.train.experiment import Corpus, Data, Experiment, Vocabulary
 from equilibria.train.run_folder import RunFolder
 
 
@@ -49,6 +51,40 @@ def on_text(task: Task, data: Data) -> tuple[LanguageModeling, Corpus]:
             "model of a text can continue one"
         )
     return task, data
+
+
+def environment_of(run: RunFolder) -> dict[str, Any]:
+    """What a run recorded of where it was made and what it read.
+
+    Raises:
+        UserError: the record is missing or damaged.
+    """
+    environment = run.read_json("environment.json")
+    if not isinstance(environment, dict) or not isinstance(environment.get("data"), dict):
+        raise UserError(
+            f"environment.json in {run.path} does not say what the run read; restore it"
+        )
+    return environment
+
+
+def vocabulary_of(run: RunFolder, experiment: Experiment) -> Vocabulary | None:
+    """Symbols of the token ids of a run, without its data; None of one that read no text.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not run.vocabulary_file.exists():
+        return None
+    return read_vocabulary(run.vocabulary_file, vocabulary_size_of(run, experiment))
+
+
+def vocabulary_size_of(run: RunFolder, experiment: Experiment) -> int:
+    """As the run recorded it of a text, else that of its data."""
+    size = environment_of(run)["data"].get("vocabulary_size")
+    if isinstance(size, int):
+        return size
+    data: Any = experiment.data.load()
+    return len(data.vocabulary) if isinstance(data, Corpus) else int(data.vocabulary_size)
 
 
 def checkpoint_step(run: RunFolder, checkpoint: str) -> int:

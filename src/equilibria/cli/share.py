@@ -12,11 +12,17 @@ from torch import nn
 
 from equilibria.cli.parsing import parse
 from equilibria.cli.positional import split_run
-from equilibria.cli.runs import checkpoint_step, open_run
+from equilibria.cli.runs import (
+    checkpoint_step,
+    environment_of,
+    open_run,
+    vocabulary_of,
+    vocabulary_size_of,
+)
 from equilibria.cli.train import load_config
 from equilibria.core.errors import UserError
 from equilibria.pretrained.card import Facts, card
-from equilibria.pretrained.folder import FILES, Reading, is_shared, read_vocabulary
+from equilibria.pretrained.folder import FILES, Reading, is_shared
 from equilibria.pretrained.hub import Pretrained, reason
 from equilibria.tasks.language_modeling import LanguageModelingConfig
 from equilibria.train.experiment import Experiment, Vocabulary
@@ -76,9 +82,8 @@ def _check(options: ShareOptions) -> None:
 
 def _pretrained(run: RunFolder, experiment: Experiment, step: int) -> Pretrained:
     """The model of a checkpoint with its card; the data are not needed."""
-    environment = _environment(run)
-    vocabulary = _vocabulary(run, experiment, environment)
-    size = _vocabulary_size(experiment, environment)
+    environment = environment_of(run)
+    vocabulary, size = vocabulary_of(run, experiment), vocabulary_size_of(run, experiment)
     model = experiment.model.build(size)
     run.checkpoints.load_weights(step, model)
     task = experiment.task
@@ -121,32 +126,6 @@ def _summary(run: RunFolder, step: int) -> dict[str, Any]:
     file = run.path / "summary.json"
     summary = read_json(file, "delete it to share without figures") if file.exists() else {}
     return summary if summary.get("best_step") == step else {}
-
-
-def _environment(run: RunFolder) -> dict[str, Any]:
-    environment = run.read_json("environment.json")
-    if not isinstance(environment, dict) or not isinstance(environment.get("data"), dict):
-        raise UserError(
-            f"environment.json in {run.path} does not say what the run read; restore it"
-        )
-    return environment
-
-
-def _vocabulary(
-    run: RunFolder, experiment: Experiment, environment: dict[str, Any]
-) -> Vocabulary | None:
-    if not run.vocabulary_file.exists():
-        return None
-    return read_vocabulary(run.vocabulary_file, _vocabulary_size(experiment, environment))
-
-
-def _vocabulary_size(experiment: Experiment, environment: dict[str, Any]) -> int:
-    """As the run recorded it of a text, else of data that are made and not read."""
-    size = environment["data"].get("vocabulary_size")
-    if isinstance(size, int):
-        return size
-    data: Any = experiment.data.load()
-    return int(data.vocabulary_size)
 
 
 def _push(pretrained: Pretrained, name: str, private: bool) -> str:

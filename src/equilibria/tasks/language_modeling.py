@@ -119,7 +119,7 @@ class LanguageModeling(Task):
     Args:
         model: a language model on the device where everything is to run.
         config: batches, segments and memory.
-        training: source of training segments.
+        training: source of training segments; None of a task that only scores.
         evaluation: gives the segments of a split, every token a target exactly once.
         solve: how the model's equilibria are solved, which stabilisers vary; None of an explicit
             model.
@@ -133,14 +133,14 @@ class LanguageModeling(Task):
         self,
         model: LanguageModel,
         config: LanguageModelingConfig,
-        training: TrainingSource,
+        training: TrainingSource | None,
         evaluation: Callable[[Split], Iterable[Segment]],
         solve: SolveConfig | None = None,
         seed: int = 0,
     ) -> None:
         self.model = cast(nn.Module, model)
         self.config = config
-        self._training = training
+        self._source = training
         self._evaluation = evaluation
         self._memory: Any = None
         self._solve, self._seed = solve, seed
@@ -158,6 +158,12 @@ class LanguageModeling(Task):
     @property
     def _trained(self) -> LanguageModel:
         return cast(LanguageModel, self.distributed or self.model)
+
+    @property
+    def _training(self) -> TrainingSource:
+        if self._source is None:
+            raise UserError("the task was made without training segments; it can only score")
+        return self._source
 
     @property
     def _device(self) -> torch.device:

@@ -28,6 +28,8 @@ from equilibria.train.tensor_files import Part, TensorFiles, has_tensors, write_
 
 _NAME = re.compile(r"step-(\d{8})")
 _WEIGHTS, _OPTIMIZER, _TRAINING, _BEST = "model", "optimizer", "training.pt", "best.json"
+_FORMER = ".former-"
+"""Before the name of a complete checkpoint that makes way for another of its step."""
 _SECONDS_FOR_PARTS = 600
 """Until the other processes have written theirs; then the checkpoint is given up."""
 
@@ -156,10 +158,14 @@ class CheckpointFolder:
         """Delete an unfinished checkpoint, at once from where others may be writing into it."""
         target = temporary
         if shared:
-            target = self.folder / f".former-{temporary.name}-{os.getpid()}"
             with suppress(OSError):
-                temporary.rename(target)
+                target = self._set_aside(temporary)
         shutil.rmtree(target, ignore_errors=True)
+
+    def _set_aside(self, folder: Path) -> Path:
+        """Take a folder out of sight at once, because its files are deleted one by one."""
+        target = self.folder / f".deleting-{folder.name.lstrip('.')}-{os.getpid()}"
+        return folder.rename(target)
 
     def _unfinished(self, step: int) -> Path:
         return self.folder / f".writing-{step:08d}"
@@ -176,9 +182,14 @@ class CheckpointFolder:
             flush_file(folder / _TRAINING)
 
     def remove_leftovers(self) -> None:
-        """Delete what a killed process was about to write."""
-        for leftover in (*self.folder.glob(".writing-*"), *self.folder.glob(".former-*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """Delete what a killed process was about to write, or to delete."""
+        for former in self.folder.glob(_FORMER + "step-*"):
+            target = former.with_name(former.name.removeprefix(_FORMER))
+            if not target.exists():
+                former.rename(target)
+        for prefix in (".writing-", ".deleting-", _FORMER):
+            for leftover in self.folder.glob(prefix + "*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         remove_temporaries(self.folder / _BEST)
 
     def _put_in_place(self, complete: Path, target: Path) -> None:
@@ -186,7 +197,7 @@ class CheckpointFolder:
         if not target.exists():
             os.rename(complete, target)
             return
-        former = self.folder / f".former-{target.name}"
+        former = self.folder / f"{_FORMER}{target.name}"
         os.rename(target, former)
         try:
             os.rename(complete, target)
@@ -210,7 +221,7 @@ class CheckpointFolder:
         kept = {*steps[-keep:], *(mark.step for mark in self._marks())}
         for step in steps:
             if step not in kept:
-                shutil.rmtree(self.path(step))
+                shutil.rmtree(self._set_aside(self.path(step)))
 
     def load_weights(self, step: int, model: nn.Module) -> None:
         """Copy a checkpoint's weights into `model`.
