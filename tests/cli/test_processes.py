@@ -92,10 +92,17 @@ def launched(tiny: list[str], tmp_path: Path, start_process: Any) -> Any:
             process.communicate()
 
 
-def test_two_processes_from_one_command_and_on_with_one(launched: Any, cli: Any) -> None:
+def test_two_processes_from_one_command_and_on_with_one(
+    launched: Any, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     process, runs = launched(4)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
+    left = [one.name for one in scratch.iterdir()]
+    assert not [name for name in left if "launch" in name or "elastic" in name]
     assert "2 processes (ddp)" in err
     assert len(re.findall("test split", out)) == 1
     assert steps(runs) == [1, 2, 3, 4]

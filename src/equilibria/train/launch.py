@@ -10,11 +10,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from equilibria.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 Entry = Callable[[list[str]], int]
 _RUN_NAME = "EQUILIBRIA_RUN_NAME"
@@ -91,28 +95,15 @@ def launch(
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     os.environ[_RUN_NAME] = name  # what is started inherits it
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    extra: dict[str, Any] = {}
-    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
-        extra["shutdown_timeout"] = _SECONDS_TO_SAVE
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=devices,
-        run_id=name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=restarts,
-        start_method="spawn",
-        monitor_interval=0.5,
-        **extra,
-    )
     try:
-        codes = elastic_launch(config, entry)(list(arguments))
+        with TemporaryDirectory(prefix="equilibria-launch-", ignore_cleanup_errors=True) as logs:
+            config = _launch_config(name, devices, restarts, logs)
+            codes = elastic_launch(config, entry)(list(arguments))
     except SignalException as stop:
         # The workers were told, have saved and gone.
         return 128 + int(stop.sigval)
@@ -125,3 +116,29 @@ def launch(
     finally:
         del os.environ[_RUN_NAME]
     return max(codes.values())
+
+
+def _launch_config(name: str, devices: int, restarts: int, logs: str) -> LaunchConfig:
+    """How the processes are started, with a folder for the launcher's files.
+
+    One that it makes by itself stays behind.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    extra: dict[str, Any] = {}
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
+        extra["shutdown_timeout"] = _SECONDS_TO_SAVE
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=restarts,
+        start_method="spawn",
+        monitor_interval=0.5,
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
+        **extra,
+    )
