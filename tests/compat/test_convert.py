@@ -81,11 +81,13 @@ def test_models_of_torchdeq_compute_the_same(normed, blocks, tmp_path):
 @pytest.mark.parametrize("normed", [True, False], ids=["weight-norm", "plain"])
 @pytest.mark.parametrize("experts", [0, 3])
 @pytest.mark.parametrize("dropped", [True, False], ids=["dropconnect", "whole"])
-def test_trellisnets_compute_the_same(normed, experts, dropped, tmp_path):
+@pytest.mark.parametrize("part", [None, 2], ids=["at once", "in parts"])
+def test_trellisnets_compute_the_same(normed, experts, dropped, part, tmp_path):
     if dropped and not normed:
         pytest.skip("DropConnect without weight norm has another name that is not converted")
     old = old_layouts.trellisnet(normed=normed, experts=experts, dropped=dropped)
-    model = built(convert(saved(old, tmp_path), DEQTrellisNetConfig(solve=SOLVE)))
+    config = DEQTrellisNetConfig(solve=SOLVE, subsequence_length=part)
+    model = built(convert(saved(old, tmp_path), config))
     output = model(TOKENS[:3].unsqueeze(0), memory_length=1)
     assert output.solution.converged.all()
     plain = {name.removesuffix("_raw"): value for name, value in old.items()}

@@ -39,6 +39,9 @@ OTHERS = {
     "deq-trellisnet-in-parts": DEQTrellisNetConfig(**TRELLIS, solve=TIGHT, subsequence_length=3),
     "deq-trellisnet-mixture": DEQTrellisNetConfig(**TRELLIS, solve=TIGHT, num_softmaxes=2),
     "deq-trellisnet-forgetful": DEQTrellisNetConfig(**TRELLIS, solve=TIGHT, remember_input=False),
+    "deq-trellisnet-forgetful-in-parts": DEQTrellisNetConfig(
+        **TRELLIS, solve=TIGHT, remember_input=False, subsequence_length=3
+    ),
     "trellisnet": TrellisNetConfig(**TRELLIS, num_layers=5),
     "trellisnet-of-one-layer": TrellisNetConfig(**TRELLIS, num_layers=1),
     "lstm": RecurrentConfig(d_embedding=4, d_hidden=6, num_layers=2),

@@ -89,10 +89,12 @@ def test_few_layers_are_the_unrolled_deq(tokens):
     torch.testing.assert_close(shallow(tokens).logits, unrolled)
 
 
+@pytest.mark.parametrize("remember", [True, False], ids=["remembering", "forgetful"])
 @pytest.mark.parametrize("length", [1, 2, 4, 9])
-def test_parts_have_the_solution_of_the_whole(length, tokens):
-    whole, parts = make(), make(subsequence_length=length)
-    one, other = whole(tokens), parts(tokens)
+def test_parts_have_the_solution_of_the_whole(length, remember, tokens):
+    whole, parts = (make(remember_input=remember, subsequence_length=n) for n in (None, length))
+    memory = whole(tokens.flip(1), memory_length=1).memory
+    one, other = whole(tokens, memory), parts(tokens, memory)
     torch.testing.assert_close(other.logits, one.logits)
     gradients = [
         torch.autograd.grad(output.logits.square().sum(), list(model.parameters()))

@@ -128,7 +128,7 @@ class DEQTrellisNet(TrellisEnds):
         """Solve part after part; the solutions, and the end of the last with its graph."""
         solutions: list[Solution] = []
         for part in x.split(self._subsequence_length or x.shape[1], dim=1):
-            injection = self.cell.inject(part, memory)
+            injection = self.cell.inject(part, memory, continues=bool(solutions))
             solutions.append(self.deq.solve(injection, settings=settings, trace=trace))
             memory = last_position(cast(State, solutions[-1].z), part)
         return solutions, cast(Memory, memory)

@@ -109,22 +109,29 @@ class TrellisCell(Cell):
         if config.weight_norm:
             add_weight_norm(self.convolution)
 
-    def inject(self, x: Tensor, memory: Memory | None = None) -> Injection:
-        """Convolve the input (B, L, E), draw masks; once per solve."""
+    def inject(
+        self, x: Tensor, memory: Memory | None = None, *, continues: bool = False
+    ) -> Injection:
+        """Convolve the input (B, L, E), draw masks; once per solve.
+
+        Args:
+            x: a segment, or a part of one.
+            memory: the end of what comes before it; None at the start of a text.
+            continues: whether that is of the same segment, within which the last input is seen
+                whether or not segments remember it.
+        """
         memory = self.empty_memory(x) if memory is None else memory
         weight, width = self.convolution.weight, self.config.d_state
         if self.training and self.config.weight_dropout:
             past = weight[:, :width]
             dropped = past * dropout_mask(past, past.shape, self.config.weight_dropout)
             weight = torch.cat((dropped, weight[:, width:]), 1)
-        before = memory.x if self.config.remember_input else torch.zeros_like(memory.x)
+        seen = continues or self.config.remember_input
+        before = memory.x if seen else torch.zeros_like(memory.x)
         return self._injection(x, before, memory, weight)
 
     def inject_next(self, x: Tensor, memory: Memory, weight: Tensor) -> Injection:
-        """The same for the next token (B, 1, E) of a segment, with its weight made before.
-
-        Within a segment the last input is seen, whether or not segments remember it.
-        """
+        """The same for the next token (B, 1, E) of a segment, with its weight made before."""
         return self._injection(x, memory.x, memory, weight)
 
     def _injection(self, x: Tensor, before: Tensor, memory: Memory, weight: Tensor) -> Injection:
