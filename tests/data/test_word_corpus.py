@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +24,7 @@ from equilibria.data.word_corpus import WordCorpusConfig
 def test_layouts(layout, write_text, cache):
     corpus = WordCorpusConfig(folder=write_text(layout)).load()
     text = corpus.vocabulary.decode(corpus.train)
-    assert text == "the cat sat\n<eos> the dog <unk> sat the\n"
+    assert text == "the cat sat\n\nthe dog <unk> sat the\n"
     assert corpus.train.dtype == torch.int32
     assert corpus.num_unknown == {"train": 0, "valid": 1, "test": 2}
     assert corpus.describe()["vocabulary_size"] == 6
@@ -36,6 +39,33 @@ def test_a_text_is_encoded_once(write_text, cache, monkeypatch):
     assert torch.equal(first.train, again.train)
     assert first.vocabulary == again.vocabulary
     assert first.digest == again.digest
+
+
+def test_what_a_killed_process_left_is_removed(write_text, cache, monkeypatch):
+    folder = write_text()
+    WordCorpusConfig(folder=folder).load()
+    (encoded,) = cache.glob("encoded/*")
+    shutil.rmtree(encoded)
+    left, being_written = (encoded.with_name(f".{encoded.name}.{name}") for name in ("a", "b"))
+    for each in (left, being_written):
+        each.mkdir()
+        (each / "train.int32").write_bytes(b"0123")
+        os.utime(each, (0, 0))
+    writer = os.open(being_written, os.O_RDONLY)
+    fcntl.flock(writer, fcntl.LOCK_EX)
+    WordCorpusConfig(folder=folder).load()
+    os.close(writer)
+    assert sorted(cache.glob("encoded/*")) == [being_written, encoded]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_word(write_text, cache):
+    folder = write_text()
+    plain = WordCorpusConfig(folder=folder).load()
+    for file in folder.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    marked = WordCorpusConfig(folder=folder).load()
+    assert marked.vocabulary == plain.vocabulary
+    assert torch.equal(marked.test, plain.test)
 
 
 def test_another_text_is_another_corpus(write_text, cache):

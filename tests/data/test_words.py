@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equilibria import UserError
-from equilibria.data.words import END_OF_LINE, Encoder, WordVocabulary
+from equilibria.data.characters import CharacterVocabulary
+from equilibria.data.words import END_OF_LINE, UNKNOWN, Encoder, WordVocabulary
 
 LINES = ["the cat sat\n", "\n", "the dog <unk> sat the\n"]
 WORDS = st.lists(st.sampled_from(["a", "bb", "c,", "ü", "<unk>"]), max_size=6)
@@ -88,3 +89,32 @@ def test_ids_that_do_not_exist():
         vocabulary.decode([2, -1])
     with pytest.raises(UserError, match=r"shape \(T,\)"):
         vocabulary.decode(torch.zeros(1, 2, dtype=torch.int64))
+
+
+@given(st.text(alphabet="ab\n ", max_size=20))
+def test_decoding_gives_back_the_lines(text):
+    vocabulary = WordVocabulary((END_OF_LINE, "a", "b", "aa", "ab", "ba", "bb", UNKNOWN))
+    ids = vocabulary.encode(text)
+    decoded = vocabulary.decode(ids)
+    assert torch.equal(vocabulary.encode(decoded), ids)
+    assert decoded.count("\n") == text.count("\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "wanted"),
+    [
+        ("a", [2, 1], "a b a"),
+        ("a ", [2], "a b"),
+        ("a\n", [2], "a\nb"),
+        ("a", [0, 2], "a\nb"),
+        ("", [2], "b"),
+        ("a", [], "a"),
+    ],
+)
+def test_a_text_goes_on_with_a_blank_where_it_needs_one(text, ids, wanted):
+    assert WordVocabulary((END_OF_LINE, "a", "b")).continued(text, ids) == wanted
+
+
+def test_a_text_of_characters_goes_on_as_it_is():
+    vocabulary = CharacterVocabulary.from_text("ab")
+    assert vocabulary.continued("a", [1, 0]) == "aba"

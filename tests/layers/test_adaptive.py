@@ -284,6 +284,16 @@ def test_a_mixture_is_the_mean_of_its_softmaxes():
         MixtureOfSoftmaxes(embedding, D, 0)
 
 
+def test_dropout_of_a_mixture_is_shared_over_time():
+    torch.manual_seed(0)
+    mixture = MixtureOfSoftmaxes(nn.Embedding(V, 5), D, 2, dropout=0.5)
+    found = mixture.log_probabilities(torch.randn(2, 1, D).expand(2, 9, D))
+    assert torch.equal(found[:, :1].expand_as(found), found)
+    assert not torch.equal(mixture.log_probabilities(torch.ones(2, 1, D)), found[:, :1])
+    with pytest.raises(UserError, match="dropout=1.5"):
+        MixtureOfSoftmaxes(nn.Embedding(V, 5), D, 2, dropout=1.5)
+
+
 def test_a_mixture_has_more_than_the_rank_of_its_embedding():
     """Of the matrix of log-probabilities, less what the normalisation adds."""
     embedding = nn.Embedding(V, 2).double()

@@ -218,3 +218,19 @@ def test_what_the_explicit_one_does_not_do(tokens):
         TrellisNetConfig(num_layers=0)
     with pytest.raises(UserError, match="subsequence_length=0"):
         DEQTrellisNetConfig(subsequence_length=0)
+
+
+def test_initial_embeddings_are_as_wide_as_asked():
+    embedding = make(embedding_std=0.01, d_embed=400).embedding.weight
+    assert embedding.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_dropout_of_the_mixture_is_only_for_mixtures(tokens):
+    model = make(num_softmaxes=2, mixture_dropout=0.5)
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+    model.eval()
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    with pytest.raises(UserError, match="num_softmaxes=1 is no mixture"):
+        make(mixture_dropout=0.5)
+    with pytest.raises(UserError, match="embedding_std=0 must be above 0"):
+        make(embedding_std=0)

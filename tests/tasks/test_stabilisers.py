@@ -112,3 +112,20 @@ def test_explicit_models_have_nothing_to_stabilise():
     task(model, solve=None)
     with pytest.raises(UserError, match="no equilibrium to stabilise"):
         task(model, solve=None, jacobian_weight=1.0)
+
+
+def test_increases_of_the_pretraining_are_not_made_up_for():
+    """First step with the penalty at 32, an increase every 30: the next one is at 60."""
+    torch.manual_seed(0)
+    solution = task().training_loss(1).solution
+    stabilisers = StabiliserConfig(
+        jacobian_weight=2.0, jacobian_increase=1.0, jacobian_increase_every=30
+    )
+
+    def penalty(step: int, pretrain_steps: int) -> float:
+        torch.manual_seed(5)
+        return stabilisers.penalty(solution, step, 0, pretrain_steps).item()
+
+    one = penalty(0, 0) / 2.0
+    assert [round(penalty(step, 32) / one) for step in (32, 59, 60, 90)] == [2, 2, 3, 4]
+    assert [round(penalty(step, 0) / one) for step in (29, 30, 60)] == [2, 3, 4]

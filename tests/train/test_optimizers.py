@@ -136,6 +136,14 @@ def test_a_plateau_lowers_the_rate_and_starts_to_wait_again() -> None:
     assert other == Plateau()
 
 
+def test_a_plateau_has_a_floor() -> None:
+    config = OptimizerConfig(schedule="plateau", plateau_factor=0.5, final_fraction=0.2)
+    plateau = Plateau()
+    for _ in range(9):
+        plateau.see(1.0, config)
+    assert plateau.factor == 0.2
+
+
 @pytest.mark.parametrize(
     "options", [{"plateau_factor": 0.0}, {"plateau_factor": 1.5}, {"plateau_patience": 0}]
 )

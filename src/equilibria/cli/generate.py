@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         stop=None if options.stop is None else _token(vocabulary, options.stop),
     )
     texts = [
-        f"{prompt}{vocabulary.decode(new)}\n"
+        f"{vocabulary.continued(prompt, new)}\n"
         for prompt, new in zip(speaker.prompts, generated.tokens, strict=True)
     ]
     sys.stdout.write(f"{_BETWEEN_TEXTS}\n".join(texts))

@@ -226,6 +226,8 @@ def _plan(given: list[str]) -> Plan:
         return _resumed_plan(given)
     source = given.pop(0) if given and not given[0].startswith("-") else None
     name, default, description = load_config(source)
+    short = ", ".join(f"{given} for {meant}" for given, meant in _SHORT.items())
+    description = f"{description}. Short names: {short}. --resume RUN goes on with a run."
     experiment = parse(default, given, prog=f"equilibria train {name}", description=description)
     return Plan(name, experiment)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from pathlib import Path
 
 from equilibria.core.errors import UserError
 
 ENVIRONMENT = "EQUILIBRIA_CACHE"
+_SECONDS_TO_LOCK = 1.0
+"""Within which whoever has made a folder has also locked it."""
 
 
 def cache_folder(given: Path | None = None) -> Path:
@@ -35,10 +39,13 @@ def written_whole(folder: Path) -> Generator[Path]:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        in_use = os.open(scratch, os.O_RDONLY)
     except OSError as error:
         raise _unwritable(folder.parent, error) from error
     try:
+        fcntl.flock(in_use, fcntl.LOCK_EX)  # ends with this process, however that ends
         os.chmod(scratch, 0o755)  # as others of the group may read it: mkdtemp thinks of secrets
         yield scratch
         for path in scratch.iterdir():
@@ -53,7 +60,22 @@ def written_whole(folder: Path) -> Generator[Path]:
     except OSError as error:
         raise _unwritable(folder.parent, error) from error
     finally:
+        os.close(in_use)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes were about to write under this name."""
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        with contextlib.suppress(OSError):  # somebody writes it, or has finished just now
+            descriptor = os.open(leftover, os.O_RDONLY)
+            try:
+                old = os.stat(descriptor).st_mtime < time.time() - _SECONDS_TO_LOCK
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if old:
+                    shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _flush(path: Path) -> None:

@@ -97,6 +97,10 @@ class CharacterVocabulary:
             )
         return "".join(map(self.symbols.__getitem__, ids))
 
+    def continued(self, text: str, ids: Tensor | Sequence[int]) -> str:
+        """`text` and the characters of `ids` after it."""
+        return text + self.decode(ids)
+
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {symbol: index for index, symbol in enumerate(self.symbols)}

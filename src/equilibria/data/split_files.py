@@ -70,8 +70,8 @@ def lines_of(path: Path) -> Iterator[str]:
     """
     try:
         has_words = False
-        # Other line ends than these are characters of the text.
-        with path.open(encoding="utf-8", newline="\n") as file:
+        # Other line ends than these are characters of the text; a byte-order mark is the editor's.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for line in file:
                 has_words = has_words or not line.isspace()
                 yield line

@@ -108,6 +108,8 @@ class WordVocabulary:
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Return the words whose ids are `ids`, shape `(T,)`, with a blank between two of them.
 
+        `END_OF_LINE` becomes a line break.
+
         Raises:
             UserError: when `ids` is not one-dimensional or holds an id outside the vocabulary.
         """
@@ -123,8 +125,19 @@ class WordVocabulary:
                 f"ids from {min(ids)} to {max(ids)} do not fit a vocabulary of {len(self)} "
                 "words; decode them with the vocabulary that encoded them"
             )
-        text = " ".join(map(self.words.__getitem__, ids))
-        return text.replace(f" {END_OF_LINE} ", "\n").replace(f" {END_OF_LINE}", "\n")
+        lines: list[list[str]] = [[]]
+        for word in map(self.words.__getitem__, ids):
+            if word == END_OF_LINE:
+                lines.append([])
+            else:
+                lines[-1].append(word)
+        return "\n".join(map(" ".join, lines))
+
+    def continued(self, text: str, ids: Tensor | Sequence[int]) -> str:
+        """`text` and the words of `ids` after it, with a blank between them where it needs one."""
+        more = self.decode(ids)
+        apart = not text or text[-1].isspace() or more[:1] in ("", "\n")
+        return text + more if apart else f"{text} {more}"
 
 
 class Encoder:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from equilibria.core.parameters import check_positive_integer
 from equilibria.layers.adaptive_softmax import IGNORE_INDEX
+from equilibria.layers.variational_dropout import check_dropout, variational_mask
 
 
 class MixtureOfSoftmaxes(nn.Module):
@@ -25,10 +26,10 @@ class MixtureOfSoftmaxes(nn.Module):
         embedding: whose weight (V, E) is shared.
         d_model: width of the input (D).
         num_softmaxes: K.
-        dropout: of what is inside tanh, as in the reference; one mask per call.
+        dropout: of what is inside tanh; one mask per sample and call, shared over time.
 
     Raises:
-        UserError: a count below 1.
+        UserError: a count below 1, or a dropout that is no probability.
 
     References:
         Yang et al., Breaking the softmax bottleneck, arXiv 1711.03953, section 3.
@@ -44,7 +45,8 @@ class MixtureOfSoftmaxes(nn.Module):
         self.prior = nn.Linear(d_model, num_softmaxes)
         self.latent = nn.Linear(d_model, num_softmaxes * width)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
-        self.dropout = nn.Dropout(dropout)
+        check_dropout("dropout", dropout)
+        self.dropout = dropout
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihoods (B, L) of hidden states (B, L, D), in float32.
@@ -58,6 +60,9 @@ class MixtureOfSoftmaxes(nn.Module):
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """Of every token (B, L, V), float32."""
         prior = self.prior(hidden).float().log_softmax(-1)
-        latent = self.latent(hidden).unflatten(-1, (prior.shape[-1], -1))
-        logits = F.linear(self.dropout(torch.tanh(latent)), self._embedding[0].weight, self.bias)
+        latent = self.latent(hidden)
+        mask = variational_mask(latent, latent.shape[-1], self.dropout, self.training)
+        latent = latent if mask is None else latent * mask
+        seen = torch.tanh(latent).unflatten(-1, (prior.shape[-1], -1))
+        logits = F.linear(seen, self._embedding[0].weight, self.bias)
         return torch.logsumexp(prior.unsqueeze(-1) + logits.float().log_softmax(-1), dim=-2)

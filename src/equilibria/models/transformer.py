@@ -61,6 +61,9 @@ class TransformerConfig(ModelConfig):
     """Whether the softmax shares the projections of all other clusters."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
+    embedding_std: float | None = None
+    """That of an embedding that is not adaptive; None: d_model^-0.5, by which its output, which is
+    multiplied with the root of d_model, has variance 1."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "num_heads", "d_inner"):
@@ -91,8 +94,10 @@ class TransformerConfig(ModelConfig):
                 "tie_tail_projections=False, but without cutoffs there are no clusters whose "
                 "projections could be tied; leave it out"
             )
-        if not self.init_std > 0:
-            raise UserError(f"init_std={self.init_std} must be above 0")
+        for name in ("init_std", "embedding_std"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}={value} must be above 0")
 
     @property
     def is_adaptive(self) -> bool:
@@ -164,5 +169,5 @@ def _embedding(config: TransformerConfig, vocabulary_size: int) -> nn.Embedding 
             init_std=config.init_std,
         )
     embedding = nn.Embedding(vocabulary_size, config.d_model)
-    nn.init.normal_(embedding.weight, std=config.d_model**-0.5)
+    nn.init.normal_(embedding.weight, std=config.embedding_std or config.d_model**-0.5)
     return embedding

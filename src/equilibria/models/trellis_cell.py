@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equilibria.core.errors import UserError
 from equilibria.core.parameters import check_positive_integer
 from equilibria.deq import Cell
 from equilibria.layers.variational_dropout import check_dropout, dropout_mask, variational_mask
@@ -59,16 +60,29 @@ class TrellisConfig(ModelConfig):
     public code has zeros there."""
     num_softmaxes: int = 1
     """Softmaxes that are mixed; 1 is an ordinary one."""
+    mixture_dropout: float = 0.0
+    """Variational dropout before the mixed softmaxes, one mask per sample, shared over time."""
     init_std: float = 0.05
     """Standard deviation of the initial weights."""
+    embedding_std: float = 0.1
+    """That of the initial embeddings."""
 
     def __post_init__(self) -> None:
         for name in ("d_embed", "d_hidden", "num_softmaxes"):
             check_positive_integer(name, getattr(self, name))
         for name in (
             "dropout", "input_dropout", "output_dropout", "embedding_dropout", "weight_dropout",
+            "mixture_dropout",
         ):  # fmt: skip
             check_dropout(name, getattr(self, name))
+        if self.mixture_dropout and self.num_softmaxes == 1:
+            raise UserError(
+                f"mixture_dropout={self.mixture_dropout}, but num_softmaxes=1 is no mixture; leave "
+                "it out, or give more softmaxes"
+            )
+        for name in ("init_std", "embedding_std"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
 
     @property
     def d_state(self) -> int:

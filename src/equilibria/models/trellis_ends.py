@@ -32,12 +32,17 @@ class TrellisEnds(nn.Module):
         check_positive_integer("vocabulary_size", vocabulary_size)
         self.config = config
         self.embedding = nn.Embedding(vocabulary_size, config.d_embed)
-        nn.init.normal_(self.embedding.weight, std=0.1)
+        nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         # In a tuple: it has the embedding inside, which is to have one name only.
         self._dropped = (EmbeddingDropout(self.embedding, config.embedding_dropout),)
         self.mixture = self.output_bias = None
         if config.num_softmaxes > 1:
-            self.mixture = MixtureOfSoftmaxes(self.embedding, config.d_embed, config.num_softmaxes)
+            self.mixture = MixtureOfSoftmaxes(
+                self.embedding,
+                config.d_embed,
+                config.num_softmaxes,
+                dropout=config.mixture_dropout,
+            )
         else:
             self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
 

@@ -23,5 +23,6 @@ def recipe() -> Experiment:
         cutoffs=(),
         div_val=1,
         tie_first_projection=True,
+        embedding_std=0.01,
     )
     return replace(medium.recipe(), model=model)

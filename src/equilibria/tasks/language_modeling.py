@@ -200,7 +200,9 @@ class LanguageModeling(Task):
         phase: Phase = "unrolled" if unrolled else "equilibrium"
         penalty = None
         if output.solution is not None and not unrolled:
-            penalty = self.config.stabilisers.penalty(output.solution, step, self._seed)
+            penalty = self.config.stabilisers.penalty(
+                output.solution, step, self._seed, self.config.pretrain_steps
+            )
         loss = StepLoss(
             _losses(output).mean(),
             targets.numel(),

@@ -26,7 +26,7 @@ class StabiliserConfig:
     jacobian_probability: float = 1.0
     """Of applying it at a step; .35 to .4 are published."""
     jacobian_increase: float = 0.0
-    """What is added to the weight every so many steps."""
+    """What is added to the weight every so many steps; not before the pre-training has ended."""
     jacobian_increase_every: int | None = None
     """Steps between two increases."""
     step_jitter: int = 0
@@ -39,11 +39,13 @@ class StabiliserConfig:
         if self.jacobian_increase_every is not None:
             check_positive_integer("jacobian_increase_every", self.jacobian_increase_every)
 
-    def penalty(self, solution: Solution, step: int, seed: int) -> Tensor | None:
+    def penalty(
+        self, solution: Solution, step: int, seed: int, pretrain_steps: int = 0
+    ) -> Tensor | None:
         """What to add to the loss of a training step; None where the penalty is off."""
         if self.jacobian_weight == 0.0 and self.jacobian_increase == 0.0:
             return None
-        return self._regularizer(seed)(solution, step=step)
+        return self._regularizer(seed, pretrain_steps)(solution, step=step)
 
     def settings(self, solve: SolveConfig, step: int, seed: int) -> SolveSettings | None:
         """Settings of a training step; None for those of the model.
@@ -63,10 +65,15 @@ class StabiliserConfig:
         drawn = random.Random(f"{seed}:{step}:jitter").randint(0, self.step_jitter)
         return replace(solve.train_settings(), max_steps=solve.max_steps - drawn)
 
-    def _regularizer(self, seed: int) -> JacobianRegularizer:
-        weight = StepwiseWeight(
+    def _regularizer(self, seed: int, pretrain_steps: int = 0) -> JacobianRegularizer:
+        schedule = StepwiseWeight(
             self.jacobian_weight, self.jacobian_increase, self.jacobian_increase_every
         )
+        # As in the first public code, increases of the pre-training are not made up for.
+        missed = schedule(pretrain_steps) - schedule(0)
         return JacobianRegularizer(
-            weight, self.jacobian_probability, share_evaluation=True, seed=seed
+            lambda step: schedule(step) - missed,
+            self.jacobian_probability,
+            share_evaluation=True,
+            seed=seed,
         )

@@ -37,7 +37,8 @@ class OptimizerConfig:
     warmup_steps: int = 50
     """Steps over which the learning rate rises linearly to its peak."""
     final_fraction: float = 0.02
-    """Where the cosine ends, as a share of the peak."""
+    """Where the cosine ends, and below which plateaus do not lower the rate, as a share of the
+    peak."""
     plateau_factor: float = 0.5
     """What the rate is multiplied with when the validation loss stands still."""
     plateau_patience: int = 1
@@ -105,7 +106,8 @@ class Plateau:
             return
         self.waited += 1
         if self.waited >= config.plateau_patience:
-            self.factor, self.waited = self.factor * config.plateau_factor, 0
+            lowered = max(self.factor * config.plateau_factor, config.final_fraction)
+            self.factor, self.waited = min(lowered, self.factor), 0
 
 
 def _check_choice(name: str, given: str, choices: Any) -> None:
