@@ -83,8 +83,26 @@ def test_best_is_what_was_marked(checkpoints: CheckpointFolder) -> None:
     for step in (1, 2, 3):
         checkpoints.save(step, Snapshot(_model().state_dict(), TRAINING))
     assert checkpoints.best() == 3  # nothing is marked: the newest
-    checkpoints.mark_best(2, 1.25)
+    checkpoints.mark(2, 1.25)
     assert (checkpoints.best(), checkpoints.best_loss()) == (2, 1.25)
+
+
+def test_a_checkpoint_is_marked_before_it_is_there(checkpoints: CheckpointFolder) -> None:
+    """A kill after the rename leaves the best one marked, a kill before it the one before."""
+    for step, loss in ((1, 1.5), (2, 1.25)):
+        checkpoints.mark(step, loss)
+        assert checkpoints.best_loss() == {1: math.inf, 2: 1.5}[step]
+        checkpoints.save(step, Snapshot(_model().state_dict(), TRAINING))
+        assert (checkpoints.best(), checkpoints.best_loss()) == (step, loss)
+    checkpoints.mark(3, 1.0)
+    assert (checkpoints.best(), checkpoints.best_loss()) == (2, 1.25)
+    checkpoints.mark(3, None)  # another attempt, which is none of the best
+    checkpoints.save(3, Snapshot(_model().state_dict(), TRAINING))
+    assert checkpoints.best() == 2
+    checkpoints.prune(1)
+    assert checkpoints.steps() == [2, 3]
+    checkpoints.mark(2, None)  # saved again, and no worse
+    assert checkpoints.best() == 2
 
 
 def test_a_mark_of_a_deleted_checkpoint_counts_for_nothing(
@@ -93,7 +111,7 @@ def test_a_mark_of_a_deleted_checkpoint_counts_for_nothing(
     """Or a run that repeats the deleted steps would never again be as good as the lost one."""
     for step in (1, 2):
         checkpoints.save(step, Snapshot(_model().state_dict(), TRAINING))
-    checkpoints.mark_best(2, 1.25)
+    checkpoints.mark(2, 1.25)
     shutil.rmtree(checkpoints.path(2))
     assert (checkpoints.best(), checkpoints.best_loss()) == (1, math.inf)
 
@@ -117,7 +135,7 @@ def test_pruning_keeps_the_newest_and_the_best(
     for step in range(1, 6):
         checkpoints.save(step, Snapshot(_model().state_dict(), TRAINING))
     if best is not None:
-        checkpoints.mark_best(best, 1.0)
+        checkpoints.mark(best, 1.0)
     checkpoints.prune(keep)
     assert checkpoints.steps() == expected
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,22 @@ def test_rewinding_drops_the_trace_which_the_end_writes_again(run: RunFolder) ->
     run.append_metrics({"kind": "trace", "step": 15, "forward": []})
     run.rewind_metrics(15)
     assert list(run.metrics()) == RECORDS
+
+
+def test_a_full_disk_leaves_no_half_line(run: RunFolder) -> None:
+    limit = run.metrics_file.stat().st_size + 20
+    record = {"kind": "train", "step": 20, "text": "longer than there is room for"}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(OSError, match="No space left|File too large"):
+            run.append_metrics(record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    run.append_metrics(record)
+    assert list(run.metrics()) == [*RECORDS, record]
 
 
 def test_a_line_cut_short_by_a_crash_is_dropped(run: RunFolder) -> None:

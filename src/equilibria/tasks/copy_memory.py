@@ -201,8 +201,8 @@ class CopyMemory(Task):
         return output.solution
 
     def shown(self, record: dict[str, Any]) -> dict[str, str]:
-        """The share of symbols recalled."""
-        return {"recall": f"{record['recall']:.1%}"}
+        """The share of symbols recalled; unknown where every step was skipped."""
+        return {"recall": f"{record['recall']:.1%}"} if "recall" in record else {}
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the next batch."""

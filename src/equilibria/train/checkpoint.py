@@ -109,6 +109,11 @@ class CheckpointFolder:
 
     def _marks(self) -> list[_Mark]:
         """Best checkpoints, the best first; marks of those that are gone count for nothing."""
+        present = self.steps()
+        return [mark for mark in self._all_marks() if mark.step in present]
+
+    def _all_marks(self) -> list[_Mark]:
+        """Of checkpoints that are about to be written, too."""
         file, advice = self.folder / _BEST, "delete it to use the newest checkpoint"
         if not file.exists():
             return []
@@ -117,11 +122,10 @@ class CheckpointFolder:
                 marks = [_Mark.of(entry) for entry in cast(list[Any], entries)]
             case entry:  # of one checkpoint, as it was written at first
                 marks = [_Mark.of(entry)]
-        present = self.steps()
         found = [mark for mark in marks if mark is not None]
         if len(found) < len(marks):
             raise UserError(f"{file} holds no step and loss; {advice}")
-        return sorted(mark for mark in found if mark.step in present)
+        return sorted(found)
 
     def begin(self, step: int) -> None:
         """Make room for the checkpoint of a step, before processes write their parts of it."""
@@ -206,19 +210,27 @@ class CheckpointFolder:
             raise
         shutil.rmtree(former, ignore_errors=True)
 
-    def mark_best(self, step: int, loss: float, keep: int = 1) -> None:
-        """Remember a checkpoint as one of the `keep` with the lowest validation loss."""
-        others = [mark for mark in self._marks() if mark.step != step]
-        best = sorted([*others, _Mark(loss, step)])[:keep]
-        marks = [{"step": mark.step, "loss": mark.loss} for mark in best]
-        write_json(self.folder / _BEST, {"best": marks})
+    def mark(self, step: int, loss: float | None, keep: int = 1) -> None:
+        """Remember a checkpoint, which may be about to be written, for its validation loss.
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints and the best ones."""
+        Marked before, because marks of checkpoints that are not there count for nothing, so that
+        its rename makes it the best, too, whenever the process is killed. So many others keep
+        their marks, in case that it does not come. None forgets what an attempt before has left.
+        """
+        marks = [mark for mark in self._marks() if loss is None or mark.step != step][:keep]
+        if loss is not None:
+            marks = sorted([*marks, _Mark(loss, step)])
+        if marks != self._all_marks():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            entries = [{"step": mark.step, "loss": mark.loss} for mark in marks]
+            write_json(self.folder / _BEST, {"best": entries})
+
+    def prune(self, keep: int, keep_best: int = 1) -> None:
+        """Delete all but the newest `keep` checkpoints and the `keep_best` best ones."""
         steps = self.steps()
         if not steps:
             return
-        kept = {*steps[-keep:], *(mark.step for mark in self._marks())}
+        kept = {*steps[-keep:], *(mark.step for mark in self._marks()[:keep_best])}
         for step in steps:
             if step not in kept:
                 shutil.rmtree(self._set_aside(self.path(step)))

@@ -77,12 +77,13 @@ class CheckpointWriter:
     def _write(self, step: int, snapshot: Snapshot, valid_loss: float | None) -> str | None:
         checkpoints, config = self._checkpoints, self._config
         try:
-            checkpoints.save(step, snapshot)
             if snapshot.training is None:
+                checkpoints.save(step, snapshot)
                 return None
-            if valid_loss is not None and valid_loss < checkpoints.best_loss(config.keep_best):
-                checkpoints.mark_best(step, valid_loss, config.keep_best)
-            checkpoints.prune(config.keep_checkpoints)
+            best = valid_loss is not None and valid_loss < checkpoints.best_loss(config.keep_best)
+            checkpoints.mark(step, valid_loss if best else None, config.keep_best)
+            checkpoints.save(step, snapshot)
+            checkpoints.prune(config.keep_checkpoints, config.keep_best)
         except (OSError, RuntimeError) as error:  # torch.save has errors of its own
             steps = checkpoints.steps()
             left = f"that of step {steps[-1]} is intact" if steps else "there is none before it"

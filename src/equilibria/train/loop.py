@@ -67,7 +67,7 @@ class Trainer:
         self._rate = 0.0
         self._valid_loss: float | None = None
         self._num_skipped = 0
-        """Steps in a row that were not finite."""
+        """Steps in a row that were not finite; whoever resumes grants as many again."""
         self._saved_step = 0
         self.trackers = Trackers()
         """Where the main process sends its records, too; started and ended by whoever sets them."""
@@ -208,10 +208,10 @@ class Trainer:
         diagnosis = self._diagnosis(record, norm)
         if self._num_skipped >= self.experiment.train.max_nonfinite_steps:
             raise TrainingError(
-                f"{diagnosis}, as were {self._num_skipped - 1} steps before it; lower "
-                "--optimizer.learning-rate, lengthen the warm-up or --task.pretrain-steps, or "
-                f"allow more solver steps. Checkpoints in {self.run.checkpoints.folder} are "
-                "untouched"
+                f"{diagnosis}, as were {self._num_skipped - 1} steps before it; begin again from "
+                f"{self.run.config_file} with a lower --optimizer.learning-rate, a longer warm-up "
+                "or --task.pretrain-steps, or more solver steps, or go on with --resume if the "
+                f"cause has gone. Checkpoints in {self.run.checkpoints.folder} are untouched"
             )
         self._say(f"{diagnosis}; the step is skipped")
 
@@ -330,7 +330,6 @@ class Trainer:
         if self.engine.is_main:
             self._interval = Interval.from_state_dict(state["interval"], device)
         self.plateau = Plateau(**state["plateau"])
-        self._num_skipped = state["num_skipped"]
         _restore_random(state["random"], self.engine, self.experiment.seed, step)
 
     def _training_state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
@@ -344,7 +343,6 @@ class Trainer:
             "statistics": self.statistics.state_dict(),
             "interval": interval.state_dict(),
             "plateau": vars(self.plateau),
-            "num_skipped": self._num_skipped,
             "random": [state["random"] for state in states],
         }
 

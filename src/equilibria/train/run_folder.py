@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,11 +141,21 @@ class RunFolder:
         return read_json(self.path / name, "the run folder is incomplete")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one line to the metrics and hand it to the system at once."""
+        """Add one line to the metrics and hand it to the system at once.
+
+        Raises:
+            OSError: it cannot be written; no half of it is left.
+        """
         line = json.dumps(record, ensure_ascii=False) + "\n"
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
+        with self.metrics_file.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(raw := line.encode("utf-8")) < len(raw):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)
+                raise
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Records so far; a line that a crash cut short is skipped."""
