@@ -79,6 +79,16 @@ def test_a_resumed_run_is_the_same_run(cli: Any, tmp_path: Path) -> None:
         assert again[name] == reference[name]
 
 
+def test_steps_that_are_not_finite_end_in_a_diagnosis(cli: Any, tmp_path: Path) -> None:
+    """Also where all steps of a line of metrics are skipped, which then knows no recall."""
+    options = {"optimizer.learning-rate": 1e25, "optimizer.warmup-steps": 0, "train.log-every": 1}
+    flags = _flags({**TINY, **DEQ, **options, "train.num-steps": 30, "task.pretrain-steps": 30})
+    result = cli("train", "copy-memory-small", *flags, "--train.folder", tmp_path)
+    assert result.code == 1, result.text
+    assert "is not finite" in result.err
+    assert "as were 9 steps before it; begin again from" in result.err
+
+
 def test_there_is_no_text_to_continue(cli: Any, tmp_path: Path) -> None:
     _, path = _train(cli, tmp_path, "copy-memory-tcn")
     result = cli("generate", path)

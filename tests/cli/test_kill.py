@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from equilibria.train.checkpoint import CheckpointFolder
+
 NUM_KILLS = int(os.environ.get("EQUILIBRIA_KILLS", "6"))
 """The figure of docs/training.md is of 50."""
 NUM_STEPS = 40 * NUM_KILLS
@@ -63,6 +65,8 @@ def test_kills_leave_the_run_as_if_nothing_had_happened(
     found, expected = weights(run), weights(straight)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert sorted(names(run)) == sorted(names(straight))
+    best, wanted = (CheckpointFolder(path / "checkpoints") for path in (run, straight))
+    assert (best.best(), best.best_loss()) == (wanted.best(), wanted.best_loss())
 
 
 def newest(run: Path) -> int:

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+import equilibria
+
 START = [
     "--devices", "2", "--train.device", "cpu", "--train.checkpoint-every", "2",
     "--train.eval-every", "50", "--train.log-every", "1",
@@ -145,6 +147,7 @@ def test_processes_that_slurm_starts(tiny: list[str], tmp_path: Path) -> None:
     job = {
         "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2", "SLURM_JOB_NAME": "deq", "SLURM_NNODES": "1",
         "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
@@ -180,6 +183,41 @@ def test_a_process_that_dies_is_started_again(launched: Any, strategy: str) -> N
     assert "going on after step" in err
     assert steps(runs) == list(range(1, 301))
     assert len(list(runs.iterdir())) == 1
+
+
+SHORT_OF_MEMORY = """
+import os
+import equilibria.train.statistics as statistics
+
+original = statistics.StepRecord.of
+
+def of(loss):
+    if os.environ.get("RANK") == "1":
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    return original(loss)
+
+statistics.StepRecord.of = of
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_runs_out_of_memory_ends_all_with_advice(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SHORT_OF_MEMORY)
+    path = f"{tmp_path}{os.pathsep}{Path(equilibria.__file__).parents[1]}"
+    done = subprocess.run(
+        [sys.executable, "-m", "equilibria", "train", *map(str, tiny), *START],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("error: memory ran out in step 1") == 1
+    assert "raise --train.batch-chunks" in done.stderr.splitlines()[-1]
+    assert len(re.findall("run folder", done.stderr)) == 1
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -358,3 +359,29 @@ def test_an_unknown_tracker_is_refused_before_anything_is_made(
     assert done.code == 2
     assert "there is no tracker 'wanb'; did you mean 'wandb'?" in done.err
     assert not runs.exists()
+
+
+def test_an_attempt_that_died_before_its_first_checkpoint_is_not_recorded(
+    cli: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun starts it again in the same folder."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    options = [*tiny, "--train.log-every", 1, "--train.num-steps", 6, "--train.folder", tmp_path]
+    assert cli("train", *options).code == 0
+    (run,) = tmp_path.iterdir()
+    wanted = _metrics(run)
+    shutil.rmtree(run / "checkpoints")
+    assert cli("train", *options).code == 0
+    assert _metrics(run) == wanted
+
+
+def test_the_number_of_tasks_of_a_slurm_job_makes_no_task(
+    cli: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch script knows it, too, and may train twice."""
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    for seed in (0, 1):
+        options = ["--train.num-steps", 1, "--seed", seed, "--train.folder", tmp_path]
+        assert cli("train", *tiny, *options).code == 0
+    assert len(list(tmp_path.iterdir())) == 2

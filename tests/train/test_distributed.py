@@ -211,7 +211,7 @@ def test_evaluations_are_means_over_items() -> None:
 
 
 def test_several_machines_need_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_RANK", "SLURM_NTASKS"):
+    for name in ("LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="torchrun --nnodes 2 --nproc-per-node 4"):
         start_engine(torch.device("cpu"), 4, 2)

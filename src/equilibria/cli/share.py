@@ -22,11 +22,11 @@ from equilibria.cli.runs import (
 from equilibria.cli.train import load_config
 from equilibria.core.errors import UserError
 from equilibria.pretrained.card import Facts, card
-from equilibria.pretrained.folder import FILES, Reading, is_shared
+from equilibria.pretrained.folder import FILES, SCRATCH, Reading, is_shared
 from equilibria.pretrained.hub import Pretrained, reason
 from equilibria.tasks.language_modeling import LanguageModelingConfig
 from equilibria.train.experiment import Experiment, Vocabulary
-from equilibria.train.files import read_json
+from equilibria.train.files import disk_error, read_json
 from equilibria.train.run_folder import RunFolder
 
 _OWNER_AND_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
@@ -56,7 +56,10 @@ def main(arguments: Sequence[str]) -> int:
     run, experiment = open_run(Path(path))
     pretrained = _pretrained(run, experiment, checkpoint_step(run, options.checkpoint))
     if options.folder is not None:
-        pretrained.save_pretrained(options.folder)
+        try:
+            pretrained.save_pretrained(options.folder)
+        except OSError as error:  # before a file is opened, in the mixin
+            raise disk_error(error) from error
         written = [name for name in FILES if (options.folder / name).exists()]
         print(f"{options.folder}: {', '.join(written)}")
     if options.push is not None:
@@ -74,7 +77,8 @@ def _check(options: ShareOptions) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; give --folder another name")
-    if any(folder.iterdir()) and not is_shared(folder):
+    others = [file for file in folder.iterdir() if file.name != SCRATCH]  # of a killed process
+    if others and not is_shared(folder):
         raise UserError(
             f"{folder} holds other things than a shared model; give --folder a new or empty folder"
         )

@@ -22,9 +22,18 @@ from equilibria.train.config_file import from_json, to_json
 from equilibria.train.engine import Engine, Strategy, start_engine
 from equilibria.train.environment import describe_environment
 from equilibria.train.experiment import Corpus, Data, Experiment
-from equilibria.train.files import read_json
-from equilibria.train.launch import is_launched, is_launched_by_user, launch, leave, run_name
-from equilibria.train.loop import Trainer, TrainingError
+from equilibria.train.files import disk_error, read_json
+from equilibria.train.launch import (
+    VerdictError,
+    give_verdict,
+    is_hopeless,
+    is_launched,
+    is_launched_by_user,
+    launch,
+    leave,
+    run_name,
+)
+from equilibria.train.loop import MemoryRanOutError, Trainer, TrainingError
 from equilibria.train.report import finish, render
 from equilibria.train.run_folder import RunFolder
 from equilibria.train.trackers import Trackers, check_trackers
@@ -73,7 +82,12 @@ def main(arguments: Sequence[str]) -> int:
     check_trackers(config.trackers)
     if config.devices > 1 and config.nodes == 1 and not is_launched():
         threads = max((os.cpu_count() or 1) // config.devices, 1)
-        return launch(worker, arguments, plan.recipe, config.devices, int(config.restarts), threads)
+        try:
+            restarts = int(config.restarts)
+            return launch(worker, arguments, plan.recipe, config.devices, restarts, threads)
+        except VerdictError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_TRAINING_ERROR
     engine = start_engine(config.torch_device(), config.devices, config.nodes, config.strategy)
     try:
         code = _train(plan, engine)
@@ -88,6 +102,8 @@ def worker(arguments: list[str]) -> int:
     """`equilibria train` in one of the processes of a launch; only the first of them speaks."""
     from equilibria.cli.main import main as equilibria
 
+    if is_hopeless():
+        return EXIT_TRAINING_ERROR
     with ExitStack() as stack:
         if os.environ["LOCAL_RANK"] != "0":
             nobody = stack.enter_context(open(os.devnull, "w"))
@@ -113,6 +129,12 @@ def _train(plan: Plan, engine: Engine) -> int:
                 return exit_code
             summary = finish(trainer, data)
             trackers.summarise(summary)
+        except MemoryRanOutError as error:
+            trackers.exit_code = EXIT_TRAINING_ERROR
+            if not is_launched() or is_launched_by_user():
+                print(f"error: {error}", file=sys.stderr)
+            give_verdict(str(error))
+            return EXIT_TRAINING_ERROR
         except TrainingError as error:
             trackers.exit_code = EXIT_TRAINING_ERROR
             print(f"error: {error}", file=sys.stderr)
@@ -147,6 +169,8 @@ def _prepared(plan: Plan, engine: Engine, stack: ExitStack) -> tuple[Data, Train
         made = data, task, run
     except UserError as error:
         failure = error
+    except OSError as error:
+        failure = disk_error(error)
     failures = engine.gather(None if failure is None else str(failure))
     if failure is not None:
         raise failure
@@ -164,6 +188,8 @@ def _prepared(plan: Plan, engine: Engine, stack: ExitStack) -> tuple[Data, Train
             print(f"going on after step {trainer.step} in {run.path}", file=sys.stderr)
     elif plan.resumed is not None:
         run.checkpoints.latest()  # which says that there is none
+    elif engine.is_main:
+        run.rewind_metrics(0)  # of an attempt that died before its first checkpoint
     return data, trainer
 
 
@@ -279,7 +305,11 @@ def _run_folder(plan: Plan, data: Data, task: Task, engine: Engine) -> RunFolder
         check_same_config(run, plan.recipe, plan.experiment)
         check_data(run, data)
         return run
-    _describe(run, plan, data)
+    try:
+        _describe(run, plan, data)
+    except OSError:
+        run.remove_if_empty()
+        raise
     size = sum(p.numel() for p in task.model.parameters())
     shared = engine.share.num_processes
     processes = f", {shared} processes ({plan.experiment.train.strategy})" if shared > 1 else ""

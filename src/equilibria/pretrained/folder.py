@@ -42,6 +42,9 @@ CONFIG, WEIGHTS, VOCABULARY, CARD = FILES = (
     "README.md",
 )
 
+SCRATCH = f".{WEIGHTS}"
+"""Weights that are being written."""
+
 _LIBRARY, _FORMAT = "equilibria", 1
 _MAX_CONFIG, _MAX_CARD = 2**20, 2**20
 """Bytes."""
@@ -106,7 +109,7 @@ def write_folder(folder: Path, shared: Shared) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Beside the old ones and then in their place, the config last: it says that all is there.
-        scratch = folder / f".{WEIGHTS}"
+        scratch = folder / SCRATCH
         weights.write_weights(scratch, shared.model)
         os.replace(scratch, folder / WEIGHTS)
         if shared.vocabulary is not None:

@@ -6,6 +6,7 @@ shape and place), the numbers.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Mapping
@@ -69,9 +70,18 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def write_weights(file: Path, model: nn.Module) -> None:
-    """Write all parameters."""
+    """Write all parameters, for whoever may read the folder.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # also for what the system refuses
+        file.unlink(missing_ok=True)
+        raise OSError(errno.EIO, str(error)) from error
+    file.chmod(0o644)  # safetensors thinks of secrets
 
 
 def read_header(file: Path) -> dict[str, Form]:

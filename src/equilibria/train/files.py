@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -9,6 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from equilibria.core.errors import UserError
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
+"""Errors that say more about the machine than about us."""
+
+
+def disk_error(error: OSError) -> UserError:
+    """What a full disk, or one that may not be written to, means for whoever called a command.
+
+    Raises:
+        OSError: the error is of another kind.
+    """
+    if error.errno not in _OF_THE_DISK:
+        raise error
+    where = f" ({error.filename})" if error.filename else ""
+    return UserError(
+        f"{error.strerror}{where}; make room or give another folder, and call again. Checkpoints "
+        "that were complete still are"
+    )
 
 
 def write_text(path: Path, text: str) -> None:

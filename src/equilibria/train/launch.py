@@ -10,8 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
@@ -21,14 +22,23 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 Entry = Callable[[list[str]], int]
-_RUN_NAME = "EQUILIBRIA_RUN_NAME"
+_RUN_NAME, _VERDICT = "EQUILIBRIA_RUN_NAME", "EQUILIBRIA_VERDICT"
 _SECONDS_TO_SAVE = 120
 """For a training that was asked to stop, to end its step and save; then it is killed."""
 
 
+class VerdictError(RuntimeError):
+    """Why starting the processes again would not help."""
+
+
 def is_launched() -> bool:
     """Whether torchrun, Slurm or `launch` has started this process as one of several."""
-    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    return "LOCAL_RANK" in os.environ or _is_slurm_task()
+
+
+def _is_slurm_task() -> bool:
+    """Whether srun has started this process with others; a batch script has just their number."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def is_launched_by_user() -> bool:
@@ -47,6 +57,17 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def give_verdict(reason: str) -> None:
+    """From one process of a launch, whose others will die of its end and be started once more."""
+    if file := os.environ.get(_VERDICT):
+        Path(file).write_text(reason, encoding="utf-8")
+
+
+def is_hopeless() -> bool:
+    """Whether a process of this launch has given its verdict."""
+    return Path(os.environ.get(_VERDICT, "")).is_file()
+
+
 def run_name(recipe: str) -> str | None:
     """Name of the run folder that all attempts of a launch share; None to name it by the time.
 
@@ -55,7 +76,7 @@ def run_name(recipe: str) -> str | None:
     """
     if name := os.environ.get(_RUN_NAME):
         return name
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_JOB_ID" in os.environ:
+    if _is_slurm_task() and "SLURM_JOB_ID" in os.environ:
         return f"{recipe}-{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', '0')}"
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if launch == "none" else f"{recipe}-{launch}"
@@ -92,6 +113,7 @@ def launch(
 
     Raises:
         UserError: they died more often than `restarts`.
+        VerdictError: one of them has given its verdict.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -102,20 +124,32 @@ def launch(
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
         with TemporaryDirectory(prefix="equilibria-launch-", ignore_cleanup_errors=True) as logs:
+            verdict = Path(logs) / "verdict.txt"
+            os.environ[_VERDICT] = str(verdict)
             config = _launch_config(name, devices, restarts, logs)
             codes = elastic_launch(config, entry)(list(arguments))
+            if verdict.exists():
+                raise VerdictError(verdict.read_text(encoding="utf-8"))
     except SignalException as stop:
         # The workers were told, have saved and gone.
         return 128 + int(stop.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise UserError(
-            f"process {rank} died ({failure.message}), and so it did after {restarts} restarts; "
-            "what it said is above. The last checkpoint is intact: go on with --resume"
+            f"process {rank} died ({_first_line(failure.message)}), and so it did after {restarts} "
+            "restarts; what it said is above. The last checkpoint is intact: go on with --resume"
         ) from error
     finally:
-        del os.environ[_RUN_NAME]
+        for variable in (_RUN_NAME, _VERDICT):
+            os.environ.pop(variable, None)
     return max(codes.values())
+
+
+def _first_line(message: Any) -> str:
+    """Of what the launcher says of a failure; a dictionary where there was an exception."""
+    while isinstance(message, dict):
+        message = cast(dict[str, Any], message).get("message", "no reason given")
+    return str(message).partition("\n")[0]
 
 
 def _launch_config(name: str, devices: int, restarts: int, logs: str) -> LaunchConfig:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ from equilibria.train.trackers import Trackers
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint is intact."""
+
+
+class MemoryRanOutError(TrainingError):
+    """That, in this process; others do not know of it."""
 
 
 class Trainer:
@@ -128,10 +133,12 @@ class Trainer:
                 self._progress = stack.enter_context(Progress(self.step, total, self.task.shown))
                 self._log = stack.enter_context(MetricsLog(self.run, self.step))
             while self.step < total:
-                code = self._train_step(stop)
+                with _memory_errors(f"step {self.step + 1}", self.run):
+                    code = self._train_step(stop)
                 if self._progress is not None:
                     self._progress.advance()
-                self._report()
+                with _memory_errors(f"the evaluation or checkpoint of step {self.step}", self.run):
+                    self._report()
                 if code:
                     if self.step != self._saved_step:
                         self._save()
@@ -173,23 +180,13 @@ class Trainer:
         num_chunks = self.experiment.train.batch_chunks
         losses = self.task.training_losses(self.step, num_chunks)
         records: list[StepRecord] = []
-        try:
-            for chunk in range(num_chunks):
-                with self.experiment.train.autocast():
-                    loss = next(losses)
-                model = self.task.distributed or self.task.model
-                with self.engine.without_sync(model, enabled=chunk + 1 < num_chunks):
-                    loss.minimised.backward()
-                records.append(StepRecord.of(loss))
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise TrainingError(
-                f"memory ran out in step {self.step + 1} ({str(error).splitlines()[0]}); raise "
-                "--train.batch-chunks, which changes no result, or lower --task.batch-size, the "
-                "segment length, or the solver's history_size; --train.precision bfloat16 needs "
-                f"less, too. Checkpoints in {self.run.checkpoints.folder} are untouched"
-            ) from error
+        for chunk in range(num_chunks):
+            with self.experiment.train.autocast():
+                loss = next(losses)
+            model = self.task.distributed or self.task.model
+            with self.engine.without_sync(model, enabled=chunk + 1 < num_chunks):
+                loss.minimised.backward()
+            records.append(StepRecord.of(loss))
         return StepRecord.joined(records)
 
     def _count(self, record: StepRecord, norm: Tensor, seconds: float) -> None:
@@ -361,6 +358,27 @@ def _restore_random(states: list[dict[str, Any]], engine: Engine, seed: int, ste
     torch.set_rng_state(states[rank]["cpu"])
     if torch.cuda.is_available() and states[rank]["cuda"]:
         torch.cuda.set_rng_state_all(states[rank]["cuda"])
+
+
+@contextmanager
+def _memory_errors(where: str, run: RunFolder) -> Generator[None]:
+    """Name the settings that would help when memory runs out.
+
+    Raises:
+        MemoryRanOutError: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise MemoryRanOutError(
+            f"memory ran out in {where} ({str(error).splitlines()[0]}); raise "
+            "--train.batch-chunks, which changes no result, or lower --task.batch-size, the "
+            "segment length, the streams of evaluation, or the solver's history_size; "
+            "--train.precision bfloat16 needs less, too. "
+            f"Checkpoints in {run.checkpoints.folder} are untouched"
+        ) from error
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -60,7 +61,14 @@ def finish(trainer: Trainer, data: Data) -> dict[str, Any]:
     _write_trace(trainer)
     _write_histograms(trainer, test)
     run.write_json("summary.json", summary)
-    plot_run(run.path, baselines=_baseline_bits(summary, task))
+    try:
+        plot_run(run.path, baselines=_baseline_bits(summary, task))
+    except OSError as error:
+        warnings.warn(
+            f"the pictures could not be written ({error.strerror}); --resume draws them again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return summary
 
 

@@ -128,6 +128,11 @@ class RunFolder:
             remove_temporaries(self.path / name)
         self.checkpoints.remove_leftovers()
 
+    def remove_if_empty(self) -> None:
+        """Delete a folder that nothing could be written to."""
+        with suppress(OSError):
+            self.path.rmdir()
+
     def write_config(self, recipe: str, experiment: Experiment) -> None:
         """Record the recipe's name and the resolved configuration."""
         write_json(self.config_file, {"recipe": recipe, "config": to_json(experiment)})
@@ -167,6 +172,8 @@ class RunFolder:
 
         The trace, which a run writes at its end, goes too: that end will come again.
         """
+        if not self.metrics_file.exists():
+            return
         kept = [
             line
             for line, record in self._metrics_lines()

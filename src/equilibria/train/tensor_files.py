@@ -52,6 +52,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         save_file(written, beside)
     except SafetensorError as error:  # also for what the system refuses
         raise OSError(f"{beside}: {error}") from error
+    beside.chmod(0o644)  # safetensors thinks of secrets
     flush_file(beside)
     beside.rename(file)
 
