@@ -18,7 +18,7 @@ EXPECTED = "test perplexity 24.5 (arXiv 2106.14342); not run here"
 def recipe() -> Experiment:
     """Return the full configuration."""
     adjoint = Implicit(solver=Broyden(), rtol=1e-3, max_steps=14)
-    solve = replace(post.MODEL.solve, max_steps=14, adjoint=adjoint)
+    solve = replace(post.MODEL.solve, max_steps=13, adjoint=adjoint)
     stabilisers = StabiliserConfig(
         jacobian_weight=2.0,
         jacobian_probability=0.4,

@@ -21,7 +21,7 @@ MODEL = replace(
     attention_dropout=0.01,
     solve=replace(
         plain.MODEL.solve,
-        max_steps=12,
+        max_steps=11,
         adjoint=Implicit(solver=Broyden(), rtol=1e-3, max_steps=13),
     ),
 )
