@@ -198,26 +198,47 @@ def of(loss):
 
 statistics.StepRecord.of = of
 """
+FULL_DISK = """
+import os
+import equilibria.train.trackers as trackers
+
+class Trackers(trackers.Trackers):
+    def log(self, record):
+        if os.environ.get("RANK") == "0":
+            raise OSError(28, os.strerror(28))
+
+trackers.Trackers = Trackers
+"""
 
 
 @pytest.mark.slow
-def test_a_process_that_runs_out_of_memory_ends_all_with_advice(
-    tiny: list[str], tmp_path: Path
+@pytest.mark.parametrize("restarts", [0, 3])
+@pytest.mark.parametrize(
+    ("patch", "code", "said"),
+    [
+        (SHORT_OF_MEMORY, 1, "error: memory ran out in step 1.*raise --train.batch-chunks"),
+        (FULL_DISK, 2, "error: No space left on device; make room"),
+    ],
+    ids=["no memory", "full disk"],
+)
+def test_what_ends_one_process_ends_all_and_is_said_once(
+    tiny: list[str], tmp_path: Path, patch: str, code: int, said: str, restarts: int
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SHORT_OF_MEMORY)
+    (tmp_path / "sitecustomize.py").write_text(patch)
     path = f"{tmp_path}{os.pathsep}{Path(equilibria.__file__).parents[1]}"
+    options = [*START, "--train.restarts", str(restarts)]
     done = subprocess.run(
-        [sys.executable, "-m", "equilibria", "train", *map(str, tiny), *START],
+        [sys.executable, "-m", "equilibria", "train", *map(str, tiny), *options],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.count("error: memory ran out in step 1") == 1
-    assert "raise --train.batch-chunks" in done.stderr.splitlines()[-1]
+    assert done.returncode == code, done.stderr
+    assert len(re.findall(said, done.stderr)) == 1, done.stderr
     assert len(re.findall("run folder", done.stderr)) == 1
+    assert "it did after" not in done.stderr
 
 
 @pytest.mark.slow

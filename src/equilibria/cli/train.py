@@ -26,12 +26,12 @@ from equilibria.train.files import disk_error, read_json
 from equilibria.train.launch import (
     VerdictError,
     give_verdict,
-    is_hopeless,
     is_launched,
     is_launched_by_user,
     launch,
     leave,
     run_name,
+    verdict,
 )
 from equilibria.train.loop import MemoryRanOutError, Trainer, TrainingError
 from equilibria.train.report import finish, render
@@ -102,14 +102,16 @@ def worker(arguments: list[str]) -> int:
     """`equilibria train` in one of the processes of a launch; only the first of them speaks."""
     from equilibria.cli.main import main as equilibria
 
-    if is_hopeless():
-        return EXIT_TRAINING_ERROR
+    if (given := verdict()) is not None:
+        return given
     with ExitStack() as stack:
         if os.environ["LOCAL_RANK"] != "0":
             nobody = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(nobody))
             stack.enter_context(redirect_stderr(nobody))
         code = equilibria(["train", *arguments])
+    if 0 < code < 128 and os.environ["LOCAL_RANK"] == "0" and verdict() is None:
+        give_verdict(code)  # it has said why; the others may not know
     if code >= 128:
         # Asked to stop: the launcher, who was asked, too, no longer waits for what is returned.
         sys.exit(code)
@@ -133,7 +135,7 @@ def _train(plan: Plan, engine: Engine) -> int:
             trackers.exit_code = EXIT_TRAINING_ERROR
             if not is_launched() or is_launched_by_user():
                 print(f"error: {error}", file=sys.stderr)
-            give_verdict(str(error))
+            give_verdict(EXIT_TRAINING_ERROR, str(error))
             return EXIT_TRAINING_ERROR
         except TrainingError as error:
             trackers.exit_code = EXIT_TRAINING_ERROR

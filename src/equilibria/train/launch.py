@@ -19,6 +19,7 @@ import torch
 from equilibria.core.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig
 
 Entry = Callable[[list[str]], int]
@@ -57,15 +58,19 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def give_verdict(reason: str) -> None:
-    """From one process of a launch, whose others will die of its end and be started once more."""
+def give_verdict(code: int, reason: str = "") -> None:
+    """From one process of a launch, of whose end the others die: how all are to end.
+
+    They are started once more, and end at once with that code.
+    """
     if file := os.environ.get(_VERDICT):
-        Path(file).write_text(reason, encoding="utf-8")
+        Path(file).write_text(f"{code} {reason}", encoding="utf-8")
 
 
-def is_hopeless() -> bool:
-    """Whether a process of this launch has given its verdict."""
-    return Path(os.environ.get(_VERDICT, "")).is_file()
+def verdict() -> int | None:
+    """The exit code that a process of this launch has given for all."""
+    file = Path(os.environ.get(_VERDICT, ""))
+    return int(file.read_text(encoding="utf-8").partition(" ")[0]) if file.is_file() else None
 
 
 def run_name(recipe: str) -> str | None:
@@ -124,25 +129,33 @@ def launch(
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
         with TemporaryDirectory(prefix="equilibria-launch-", ignore_cleanup_errors=True) as logs:
-            verdict = Path(logs) / "verdict.txt"
-            os.environ[_VERDICT] = str(verdict)
+            file = Path(logs) / "verdict.txt"
+            os.environ[_VERDICT] = str(file)
             config = _launch_config(name, devices, restarts, logs)
-            codes = elastic_launch(config, entry)(list(arguments))
-            if verdict.exists():
-                raise VerdictError(verdict.read_text(encoding="utf-8"))
+            try:
+                code = max(elastic_launch(config, entry)(list(arguments)).values())
+            except ChildFailedError as error:
+                if not file.exists():
+                    raise _died(error, restarts) from error
+                code = int(cast(int, verdict()))
+            reason = file.read_text(encoding="utf-8").partition(" ")[2] if file.exists() else ""
     except SignalException as stop:
         # The workers were told, have saved and gone.
         return 128 + int(stop.sigval)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise UserError(
-            f"process {rank} died ({_first_line(failure.message)}), and so it did after {restarts} "
-            "restarts; what it said is above. The last checkpoint is intact: go on with --resume"
-        ) from error
     finally:
         for variable in (_RUN_NAME, _VERDICT):
             os.environ.pop(variable, None)
-    return max(codes.values())
+    if reason:
+        raise VerdictError(reason)
+    return code
+
+
+def _died(error: ChildFailedError, restarts: int) -> UserError:
+    rank, failure = error.get_first_failure()
+    return UserError(
+        f"process {rank} died ({_first_line(failure.message)}), and so it did after {restarts} "
+        "restarts; what it said is above. The last checkpoint is intact: go on with --resume"
+    )
 
 
 def _first_line(message: Any) -> str:
