@@ -50,6 +50,25 @@ def test_transformers_compute_the_same(version, normed, adaptive, norm, tmp_path
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "own"])
+@pytest.mark.parametrize("width", [8, 6])
+def test_one_cluster_with_a_projection(tied, width, tmp_path):
+    """--div_val without --adaptive; also where the embedding is as wide as the model."""
+    old = old_layouts.transformer(adaptive=False)
+    old["word_emb.emb_layers.0.weight"] = old_layouts.drawn(old_layouts.V, width)
+    old["crit.out_layers.0.weight"] = old["word_emb.emb_layers.0.weight"]
+    projection = old["word_emb.emb_projs.0.weight"] = old_layouts.drawn(8, width)
+    old["crit.out_projs.0.weight"] = projection if tied else old_layouts.drawn(8, width)
+    converted = convert(saved(old, tmp_path), DEQTransformerConfig(solve=SOLVE))
+    output = built(converted)(TOKENS.unsqueeze(0))
+    assert output.solution.converged.all()
+    z, _ = restated.transformer_equilibrium(old, TOKENS)
+    wanted = restated.adaptive_log_probabilities(old, z)
+    found = output.logits[0].double().log_softmax(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert ("a column of zeros" in converted.report()) == (width == 8)
+
+
 def test_transformers_with_memory_and_window(tmp_path):
     old = old_layouts.transformer()
     config = DEQTransformerConfig(attention_window=3, solve=SOLVE)
@@ -79,11 +98,11 @@ def test_models_of_torchdeq_compute_the_same(normed, blocks, tmp_path):
 
 
 @pytest.mark.parametrize("normed", [True, False], ids=["weight-norm", "plain"])
-@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("experts", [0, 1, 3])
 @pytest.mark.parametrize("dropped", [True, False], ids=["dropconnect", "whole"])
 def test_trellisnets_compute_the_same(normed, experts, dropped, tmp_path):
     if dropped and not normed:
-        pytest.skip("DropConnect without weight norm has another name that is not converted")
+        pytest.skip("DropConnect without weight norm is refused (test_changed_tensors.py)")
     old = old_layouts.trellisnet(normed=normed, experts=experts, dropped=dropped)
     model = built(convert(saved(old, tmp_path), DEQTrellisNetConfig(solve=SOLVE)))
     output = model(TOKENS[:3].unsqueeze(0), memory_length=1)

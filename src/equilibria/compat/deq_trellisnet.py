@@ -90,6 +90,7 @@ def _width(old: OldTensors, name: str, d_embed: int) -> int:
 
 
 def _softmax(old: OldTensors, weights: dict[str, Tensor], embedding: Tensor) -> int:
+    """Put the softmax beside the other weights; how many are mixed."""
     tokens, width = embedding.shape
     shared = old.take("decoder.weight", "embedding.weight, shared", (tokens, width))
     if not torch.equal(shared, embedding):
@@ -107,8 +108,12 @@ def _softmax(old: OldTensors, weights: dict[str, Tensor], embedding: Tensor) -> 
         for part, shape in (("weight", (rows, width)), ("bias", (rows,))):
             becomes = f"mixture.{layer}.{part}"
             weights[becomes] = old.take(f"mixsoft.{layer}.{part}", becomes, shape)
+            if number == 1:
+                # Ours of one has no tanh(W h). Two that are equal are one, whatever their shares.
+                weights[becomes] = weights[becomes].repeat(2, *[1] * (len(shape) - 1))
+                old.mapped[f"mixsoft.{layer}.{part}"] = f"{becomes}, twice"
     old.leave("mixsoft.decoder.", "a second name of the softmax")
-    return number
+    return max(number, 2)
 
 
 def _two_taps(kernel: Tensor) -> Tensor:
