@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from equilibria.compat.tensors import OldTensors
@@ -106,9 +107,12 @@ def convert_ends(old: OldTensors, weights: dict[str, Tensor], d_model: int) -> d
         weights["embedding.weight"] = embeddings[0]
         weights["output_bias"] = _output(old, 0, embeddings[0], "output_bias", "embedding.weight")
         old.leave("crit.cluster", "there are no clusters")
+    d_embed = embeddings[0].shape[1]
+    if projected and len(embeddings) == 1 and d_embed == d_model:
+        d_embed = _widened(old, weights)
     return {
         "cutoffs": _cutoffs(embeddings),
-        "d_embed": embeddings[0].shape[1],
+        "d_embed": d_embed,
         "div_val": _div_val(embeddings),
         "tie_first_projection": not own,
         "tie_tail_projections": True,
@@ -165,6 +169,22 @@ def _projected(
             taken = old.take(f"crit.cluster_{part}", f"{becomes}, in reverse", shape)
             weights[becomes] = taken.flip(0)
     return own
+
+
+def _widened(old: OldTensors, weights: dict[str, Tensor]) -> int:
+    """Another width of the embedding, by a column of zeros here and in the projections.
+
+    A single cluster that is as wide as the model has no projection with us. The old code has one
+    (--div_val without --adaptive); with the column the model computes the same.
+    """
+    wide = ("embedding.weights.0", "embedding.projections.0", "adaptive_softmax.projection")
+    for name in wide:
+        if name in weights:
+            weights[name] = F.pad(weights[name], (0, 1))
+    for name, becomes in old.mapped.items():
+        if becomes in wide:
+            old.mapped[name] = f"{becomes}, and a column of zeros"
+    return weights[wide[0]].shape[1]
 
 
 def _output(old: OldTensors, i: int, embedding: Tensor, becomes: str, shared: str) -> Tensor:
