@@ -157,9 +157,11 @@ def _projected(
             _same(old, there, projection, here)
             continue
         first = old.take(there, "adaptive_softmax.projection", shape)
-        if not torch.equal(first, projection):
+        own = not torch.equal(first, projection)
+        if own:
             weights["adaptive_softmax.projection"] = first
-            own = True
+        else:
+            old.mapped[there] = f"{here}, shared"
     weights["adaptive_softmax.bias"] = torch.cat(biases)
     if len(embeddings) > 1:
         # There the last cluster comes first.
