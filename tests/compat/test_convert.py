@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import old_layouts  # beside this file, where pytest looks
@@ -50,6 +49,25 @@ def test_transformers_compute_the_same(version, normed, adaptive, norm, tmp_path
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "own"])
+@pytest.mark.parametrize("width", [8, 6])
+def test_one_cluster_with_a_projection(tied, width, tmp_path):
+    """--div_val without --adaptive; also where the embedding is as wide as the model."""
+    old = old_layouts.transformer(adaptive=False)
+    old["word_emb.emb_layers.0.weight"] = old_layouts.drawn(old_layouts.V, width)
+    old["crit.out_layers.0.weight"] = old["word_emb.emb_layers.0.weight"]
+    projection = old["word_emb.emb_projs.0.weight"] = old_layouts.drawn(8, width)
+    old["crit.out_projs.0.weight"] = projection if tied else old_layouts.drawn(8, width)
+    converted = convert(saved(old, tmp_path), DEQTransformerConfig(solve=SOLVE))
+    output = built(converted)(TOKENS.unsqueeze(0))
+    assert output.solution.converged.all()
+    z, _ = restated.transformer_equilibrium(old, TOKENS)
+    wanted = restated.adaptive_log_probabilities(old, z)
+    found = output.logits[0].double().log_softmax(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert ("a column of zeros" in converted.report()) == (width == 8)
+
+
 def test_transformers_with_memory_and_window(tmp_path):
     old = old_layouts.transformer()
     config = DEQTransformerConfig(attention_window=3, solve=SOLVE)
@@ -79,12 +97,12 @@ def test_models_of_torchdeq_compute_the_same(normed, blocks, tmp_path):
 
 
 @pytest.mark.parametrize("normed", [True, False], ids=["weight-norm", "plain"])
-@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("experts", [0, 1, 3])
 @pytest.mark.parametrize("dropped", [True, False], ids=["dropconnect", "whole"])
 @pytest.mark.parametrize("part", [None, 2], ids=["at once", "in parts"])
 def test_trellisnets_compute_the_same(normed, experts, dropped, part, tmp_path):
     if dropped and not normed:
-        pytest.skip("DropConnect without weight norm has another name that is not converted")
+        pytest.skip("DropConnect without weight norm is refused (test_changed_tensors.py)")
     old = old_layouts.trellisnet(normed=normed, experts=experts, dropped=dropped)
     config = DEQTrellisNetConfig(solve=SOLVE, subsequence_length=part)
     model = built(convert(saved(old, tmp_path), config))
@@ -172,22 +190,23 @@ def test_no_code_of_a_file_is_run(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def write_text_of(num_words: int, folder: Path) -> None:
+    """Words and <eos>, as many as an old model has."""
+    folder.mkdir(exist_ok=True)
+    text = " ".join(f"w{i}" for i in range(num_words - 1)) + "\n"
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_text(text * 60)
+
+
 def test_the_command_makes_a_run_that_can_be_scored(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EQUILIBRIA_CACHE", str(tmp_path / "cache"))
-    text = " ".join(f"w{i}" for i in range(19)) + "\n"  # and <eos>: as many as the old model has
-    for split in ("train", "valid", "test"):
-        (tmp_path / f"{split}.txt").write_text(text * 60)
+    write_text_of(20, tmp_path / "text")
     path = saved(old_layouts.transformer(adaptive=False), tmp_path)
-    from equilibria import recipes
-    from equilibria.data.word_corpus import WordCorpusConfig
-
-    recipe = recipes.load("ptb-small")
-    experiment = replace(recipe.experiment, data=WordCorpusConfig(folder=tmp_path))
-    monkeypatch.setattr(
-        "equilibria.recipes.load", lambda name: replace(recipe, experiment=experiment)
-    )
     runs = tmp_path / "runs"
-    options = ["--recipe", "ptb-small", "--folder", str(runs), "--data", str(tmp_path)]
+    options = ["--recipe", "ptb-small", "--folder", str(runs), "--data", str(tmp_path / "text")]
+    assert main(["convert", str(path), *options]) == 2  # it is not the Penn Treebank
+    assert "text of your own, without a name (--data.name None)" in capsys.readouterr().err
+    options += ["--data.name", "None"]
     assert main(["convert", str(path), *options]) == 0
     assert "tensors mapped" in capsys.readouterr().out
     (run,) = runs.iterdir()
@@ -195,9 +214,25 @@ def test_the_command_makes_a_run_that_can_be_scored(tmp_path, monkeypatch, capsy
     assert main(["eval", str(run), "--mem-len", "8"]) == 0
     assert "perplexity" in capsys.readouterr().out
 
-    (tmp_path / "train.txt").write_text("a b\n" * 400)
-    (tmp_path / "valid.txt").write_text("a b\n" * 400)
-    (tmp_path / "test.txt").write_text("a b\n" * 400)
+    assert main(["train", "--resume", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert "was made by 'equilibria convert' and has no training state" in message
+    assert "delete" not in message
+
+    write_text_of(3, tmp_path / "text")
     assert main(["convert", str(path), *options]) == 2
     assert "20 token ids, and the text has 3" in capsys.readouterr().err
+
+
+def test_what_the_command_is_given(tmp_path, capsys):
     assert main(["convert"]) == 2
+    assert "give the checkpoint to convert" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path)]) == 2
+    assert "is a folder; give the checkpoint's file" in capsys.readouterr().err
+    assert main(["convert", "old.pkl", "--recipe=nowhere"]) == 2
+    assert "no recipe is called 'nowhere'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    text = capsys.readouterr().out
+    assert "--data.folder" in text
+    assert "--data.name" in text

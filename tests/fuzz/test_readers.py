@@ -7,6 +7,7 @@ what they found). Everything is drawn from a seed that is printed with a failure
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import random
@@ -62,6 +63,8 @@ class Reader:
 
     make: Callable[[Path], Path]
     read: Callable[[Path], object]
+    mutate: Callable[[bytes, str], bytes] | None = None
+    """Of a file by a seed; None for what can be done to the bytes of any file."""
 
 
 def _config(folder: Path) -> Path:
@@ -162,6 +165,36 @@ def _old(folder: Path) -> Path:
     return folder / "old.pkl"
 
 
+OLD = (old_layouts.transformer, old_layouts.trellisnet, old_layouts.torchdeq)
+
+
+def _other_tensors(good: bytes, seed: str) -> bytes:
+    """A whole file in which one or two tensors have other shapes, sizes or kinds."""
+    draw, written = random.Random(seed), io.BytesIO()
+    old = draw.choice(OLD)()
+    for name in draw.sample(sorted(old), draw.choice((1, 1, 2))):
+        old[name] = _other_tensor(old[name], draw)
+    torch.save(old, written)
+    return written.getvalue()
+
+
+def _other_tensor(tensor: Any, draw: random.Random) -> Any:
+    shape = [draw.choice((0, 1, 2, n, 2 * n, 10**3)) for n in tensor.shape]
+    match draw.randrange(6):
+        case 0:
+            return torch.zeros(draw.sample(shape, len(shape)))
+        case 1:
+            return torch.zeros(1).expand([draw.choice((n, 10**6)) for n in tensor.shape])
+        case 2:
+            return tensor.reshape([n for n in tensor.shape if n > 1] or [1])
+        case 3:
+            return tensor.to_sparse() if draw.random() < 0.5 else tensor.to("meta")
+        case 4:
+            return tensor.to(draw.choice((torch.int8, torch.bool, torch.complex64, torch.half)))
+        case _:
+            return torch.cat([tensor] * draw.choice((2, 3))) if tensor.dim() else tensor * torch.nan
+
+
 def _words(folder: Path) -> Path:
     file = folder / "vocabulary.json"
     file.write_text(WordVocabulary.from_lines(TEXT.splitlines()).to_json())
@@ -204,6 +237,7 @@ READERS = {
     "header of encoded text": Reader(_encoded("header.json"), _read_encoded),
     "vocabulary of encoded text": Reader(_encoded("vocabulary.json"), _read_encoded),
     "old checkpoint": Reader(_old, lambda file: convert(file)),
+    "old checkpoint with other tensors": Reader(_old, lambda file: convert(file), _other_tensors),
     "word vocabulary": Reader(_words, _json_of(WordVocabulary)),
     "character vocabulary": Reader(_characters, _json_of(CharacterVocabulary)),
 }
@@ -341,7 +375,7 @@ def test_a_reader_takes_it_or_says_what_is_wrong(name: str, tmp_path: Path) -> N
         inside.mkdir()
         moved = reader.make(inside)
         assert moved == inside / place
-        moved.write_bytes(mutated(data, f"{name}:{number}"))
+        moved.write_bytes((reader.mutate or mutated)(data, f"{name}:{number}"))
         try:
             reader.read(moved)
         except UserError:

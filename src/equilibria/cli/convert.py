@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from equilibria import recipes
@@ -21,34 +22,31 @@ from equilibria.train.run_folder import RunFolder
 class ConvertOptions:
     """Where the rest of the configuration is from, and where the result goes."""
 
+    data: DataConfig
     recipe: str = "wt103-deq-transformer"
     """Recipe whose data, task and solver settings the run gets; what no tensor tells of the model
     (layer norm, window, dropouts) is taken from it, too."""
     folder: Path = Path("runs")
     """Where the run folder is made."""
-    data: Path | None = None
-    """Folder of the text's files; None for the recipe's own."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Make a run folder of an old checkpoint, which `equilibria eval` can score."""
-    given = list(arguments)
+    given = [_long_name(word) for word in arguments]
     source = given.pop(0) if given and not given[0].startswith("-") else None
+    recipe = _recipe(given)
+    experiment = recipes.load(recipe).experiment
     options = parse(
-        ConvertOptions(),
+        ConvertOptions(experiment.data, recipe),
         given,
         prog="equilibria convert CHECKPOINT",
         description="Read language models of locuslab/deq (.pkl or .pth) or of torchdeq's "
-        "collection (--recipe wt103-torchdeq).",
+        "collection (--recipe wt103-torchdeq). A text of your own: --data FOLDER --data.name None.",
     )
     if source is None:
         raise UserError("give the checkpoint to convert: equilibria convert CHECKPOINT [options]")
-    experiment = recipes.load(options.recipe).experiment
     converted = convert(Path(source), experiment.model)
-    experiment = replace(experiment, model=converted.config)
-    if options.data is not None:
-        experiment = replace(experiment, data=_in_folder(experiment.data, options.data))
-    run = _write(experiment, converted, options)
+    run = _write(replace(experiment, model=converted.config, data=options.data), converted, options)
     print(converted.report())
     print(
         f"\n{len(converted.mapped)} tensors mapped, {len(converted.left)} not needed; "
@@ -57,10 +55,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _in_folder(data: DataConfig, folder: Path) -> DataConfig:
-    if not hasattr(data, "folder"):
-        raise UserError("the recipe's data are no files in a folder; leave out --data")
-    return replace(data, folder=folder)  # pyright: ignore[reportArgumentType, reportCallIssue, reportGeneralTypeIssues]
+def _recipe(given: Sequence[str]) -> str:
+    """The recipe that is named, read first: the other options are those of its data."""
+    found = ConvertOptions.recipe
+    for word, following in pairwise([*given, found]):
+        name, equals, value = word.partition("=")
+        if name == "--recipe":
+            found = value if equals else following
+    return found
+
+
+def _long_name(word: str) -> str:
+    """As of `equilibria train`, whose --data is short for --data.folder."""
+    name, equals, value = word.partition("=")
+    return ("--data.folder" if name == "--data" else name) + equals + value
 
 
 def _write(experiment: Experiment, converted: Converted, options: ConvertOptions) -> RunFolder:
@@ -69,7 +77,7 @@ def _write(experiment: Experiment, converted: Converted, options: ConvertOptions
     if size != converted.vocabulary_size:
         raise UserError(
             f"the checkpoint has {converted.vocabulary_size:,} token ids, and the text has "
-            f"{size:,}; give the text it was trained on (--recipe, --data)"
+            f"{size:,}; give the text it was trained on (--recipe, or --data FOLDER)"
         )
     task = experiment.build_task(data)
     task.model.load_state_dict(converted.weights)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from equilibria.compat.deq_transformer import convert_transformer, is_transformer
 from equilibria.compat.deq_trellisnet import convert_trellisnet, is_trellisnet
-from equilibria.compat.tensors import OldTensors, read_tensors
+from equilibria.compat.reading import read_tensors
+from equilibria.compat.tensors import OldTensors
 from equilibria.compat.torchdeq_transformer import (
     convert_torchdeq_transformer,
     is_torchdeq_transformer,
@@ -60,8 +62,9 @@ def convert(path: Path, config: ModelConfig | None = None) -> Converted:
     """
     old = read_tensors(path)
     made, weights = _convert(old, config)
-    model = made.build(_vocabulary_size(weights))
-    model.load_state_dict(weights)  # strict: nothing is missing and nothing is left over
+    with torch.device("meta"):  # which takes no memory
+        model = made.build(_vocabulary_size(weights))
+    _check_fit(weights, model.state_dict())
     return Converted(made, weights, _vocabulary_size(weights), old.mapped, old.left)
 
 
@@ -88,6 +91,22 @@ def _convert(old: OldTensors, config: ModelConfig | None) -> tuple[ModelConfig, 
         f"the checkpoint is of another model than {type(config).__name__}; give the recipe of one "
         "that is like it (--recipe)"
     )
+
+
+def _check_fit(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise UserError unless these are all weights of the model, and no others.
+
+    Converters measure every tensor that they take; this is for what none of them has thought of.
+    """
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    needed = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    wrong = [name for name in given | needed if given.get(name) != needed.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"the checkpoint makes {name} of shape {given.get(name, 'none')} where the model has "
+            f"{needed.get(name, 'none')}; it belongs to a model that we do not have"
+        )
 
 
 def _vocabulary_size(weights: dict[str, Tensor]) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from equilibria.core.errors import UserError, nearest
+
+_KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -20,53 +20,99 @@ class OldTensors:
         tensors: by their names, without the prefix of a parallel wrapper.
         mapped: for every tensor taken, what it has become.
         left: for every tensor that is not needed, why.
+        told: shapes of the tensors that have told how wide the model is.
     """
 
     tensors: dict[str, Tensor]
     mapped: dict[str, str] = field(default_factory=dict[str, str])
     left: dict[str, str] = field(default_factory=dict[str, str])
+    told: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
-    def take(self, name: str, becomes: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A tensor, with its dimensions of size 1 dropped if it has more than are wanted.
+    def tell(self, name: str, *sizes: str) -> tuple[int, ...]:
+        """How large the dimensions of a tensor are, which others are measured by.
+
+        Args:
+            name: of the tensor.
+            sizes: what each dimension is.
 
         Raises:
-            UserError: it is missing, or has another shape.
+            UserError: it is missing, has other dimensions, or nothing in it.
         """
-        if name not in self.tensors:
+        shape = tuple(self._named(name).shape)
+        if len(shape) != len(sizes) or 0 in shape:
             raise UserError(
-                f"the checkpoint has no tensor {name!r}{nearest(name, self.tensors)}; it was not "
-                "written by the code base that this conversion is for, or belongs to another model"
+                f"{name} has shape {shape} where ({', '.join(sizes)}) is needed, none of them 0; "
+                "the checkpoint is damaged or belongs to another model"
             )
-        tensor = self.tensors[name]
+        self.told[name] = shape
+        return shape
+
+    def take(self, name: str, becomes: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor in float32, without the dimensions of size 1 that kernels have at their end.
+
+        Raises:
+            UserError: it is missing, has another shape, or values that no weight has.
+        """
+        tensor = self._named(name)
+        given, more = tuple(tensor.shape[: len(shape)]), tensor.shape[len(shape) :]
+        if given != shape or more.numel() != 1:
+            raise UserError(
+                f"{name} has shape {tuple(tensor.shape)} where {shape} is needed{self._why()}; the "
+                "checkpoint is damaged or belongs to another model"
+            )
+        if tensor.dtype not in _KINDS:
+            raise UserError(
+                f"{name} is of {tensor.dtype} where floating-point numbers are needed; save the "
+                "model's weights in float32"
+            )
+        tensor = tensor.reshape(shape).float()
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{name} has values that are NaN or infinite in float32; the training it is from "
+                "has failed, so take a checkpoint from before that"
+            )
         self.mapped[name] = becomes
-        if shape is not None and tuple(tensor.shape) != shape:
-            squeezed = tensor.squeeze()
-            if squeezed.numel() != torch.Size(shape).numel() or tensor.dim() <= len(shape):
-                raise UserError(
-                    f"{name} has shape {tuple(tensor.shape)} where {shape} is needed; the "
-                    "checkpoint belongs to another model"
-                )
-            tensor = tensor.reshape(shape)
         return tensor
 
-    def weight(self, name: str, becomes: str) -> Tensor:
+    def weight(self, name: str, becomes: str, shape: tuple[int, ...]) -> Tensor:
         """A weight, put together where weight norm has split it: g v / |v|, rows apart."""
         if name in self.tensors:
-            return self.take(name, becomes)
-        direction, length = self.direction_and_length(name, becomes)
-        dims = list(range(1, direction.dim()))
-        norm = torch.linalg.vector_norm(direction, dim=dims, keepdim=True)
-        return direction * (length / norm)
+            return self.take(name, becomes, shape)
+        direction, length = self.direction_and_length(name, becomes, shape)
+        rows = direction.flatten(1)
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return (rows * (length / norm)).reshape(shape)
 
-    def direction_and_length(self, name: str, becomes: str) -> tuple[Tensor, Tensor]:
-        """The two parts that weight norm has split a weight into.
+    def direction_and_length(
+        self, name: str, becomes: str, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """The two parts that weight norm has split a weight into: as `shape`, and (rows, 1).
 
         Raises:
-            UserError: they are missing.
+            UserError: they are missing, have other shapes, or a row has no direction.
         """
-        v = self._direction(name)
-        direction = self.take(v or f"{name}_v", becomes)
-        return direction, self.take(f"{name}_g", becomes)
+        held = self.held(name)
+        direction = self.take(f"{name}_v" if held == name else held, becomes, shape)
+        if not direction.flatten(1).any(1).all():
+            raise UserError(
+                f"{held} has a row of zeros, which has no direction: with weight norm the old "
+                "model would be NaN, too; the checkpoint is damaged"
+            )
+        return direction, self.take(f"{name}_g", becomes, (shape[0], 1))
+
+    def held(self, name: str) -> str:
+        """What a weight is called here, or its direction, which DropConnect has renamed.
+
+        Raises:
+            UserError: DropConnect has renamed a whole weight.
+        """
+        if f"{name}_raw" in self.tensors:
+            raise UserError(
+                f"the checkpoint has {name}_raw: DropConnect (--wdrop) without weight norm "
+                "(--wnorm), which is not converted"
+            )
+        names = (name, f"{name}_v", f"{name}_v_raw")
+        return next((found for found in names if found in self.tensors), name)
 
     def leave(self, prefix: str, why: str) -> None:
         """Say why tensors of this name, or below it, are not needed."""
@@ -84,37 +130,15 @@ class OldTensors:
                 "does not know, and would not compute the same without them"
             )
 
-    def _direction(self, name: str) -> str | None:
-        """Its name; DropConnect has renamed it."""
-        return next((n for n in (f"{name}_v", f"{name}_v_raw") if n in self.tensors), None)
+    def _named(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise UserError(
+                f"the checkpoint has no tensor {name!r}{nearest(name, self.tensors)}; it was not "
+                "written by the code base that this conversion is for, or belongs to another model"
+            )
+        return self.tensors[name]
 
-
-def read_tensors(path: Path) -> OldTensors:
-    """Read a state dict saved by `torch.save`, without running any code in it.
-
-    Raises:
-        UserError: missing, damaged, or not a mere dictionary of tensors.
-    """
-    try:
-        loaded: object = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file '{path}'; give a checkpoint (.pkl or .pth)") from None
-    except Exception as error:
-        # torch.load raises whatever its zip and unpickling layers raise; what it advises next is
-        # to let the file run its code.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = reason.partition(". In PyTorch 2.6")[0]
-        raise UserError(
-            f"'{path}' cannot be read without running code in it ({reason}). It is damaged, or a "
-            "whole pickled model and no state dict: load it with the code that wrote it, in a "
-            "place where that may run, and save model.state_dict() with torch.save"
-        ) from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):  # pyright: ignore[reportUnknownMemberType]
-        loaded = cast(object, loaded["state_dict"])
-    if not isinstance(loaded, dict) or not all(
-        isinstance(value, Tensor) for value in cast(dict[object, object], loaded).values()
-    ):
-        raise UserError(f"'{path}' holds no state dict of tensors, but a {type(loaded).__name__}")
-    tensors = cast(dict[str, Tensor], loaded)
-    names = {name: name.removeprefix("module.") for name in tensors}
-    return OldTensors({names[name]: tensor.float() for name, tensor in tensors.items()})
+    def _why(self) -> str:
+        """Which tensors a shape follows from, as one of them may be the wrong one."""
+        told = " and ".join(f"{name} {shape}" for name, shape in self.told.items())
+        return f" to go with {told}" if told else ""

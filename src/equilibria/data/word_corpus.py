@@ -143,7 +143,8 @@ def check_counts(known: KnownText, num_tokens: dict[str, int], num_words: int | 
             raise UserError(
                 f"the {split} split of {known.name} has {found:,} tokens here and {wanted:,} as "
                 "published (words, and one <eos> per line); the file is truncated or another "
-                "version: get it again, or train on it as a text of your own, without a name"
+                "version: get it again, or take it as a text of your own, without a name "
+                "(--data.name None)"
             )
     if num_words is not None and num_words != known.num_words:
         raise UserError(

@@ -92,6 +92,11 @@ class Trainer:
         checkpoints = self.run.checkpoints
         step = checkpoints.latest()
         state = checkpoints.load_training(step)
+        if not state:
+            raise UserError(
+                f"{self.run.path} was made by 'equilibria convert' and has no training state to "
+                "resume from; it can be scored, generate and be shared"
+            )
         checkpoints.load_weights(step, self.task.model)
         try:
             self._restore(state, step)
