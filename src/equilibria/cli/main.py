@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 
 from equilibria.core.errors import UserError, nearest
-from equilibria.train.files import disk_error
 
 COMMANDS = {
     "train": "train a recipe: equilibria train [RECIPE | CONFIG.json | --resume RUN] [options]",
@@ -40,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of our output is gone; nobody is left to tell
         return 141
     except OSError as error:
+        # here and not above: light commands load nothing of the training
+        from equilibria.train.files import disk_error
+
         print(f"error: {disk_error(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
 
