@@ -33,7 +33,7 @@ from equilibria.pretrained import weights
 from equilibria.pretrained.architectures import Architecture, architecture, name_of
 from equilibria.train.config_file import from_json, to_json
 from equilibria.train.experiment import Vocabulary
-from equilibria.train.files import write_json, write_text
+from equilibria.train.files import open_regular, write_json, write_text
 
 CONFIG, WEIGHTS, VOCABULARY, CARD = FILES = (
     "config.json",
@@ -300,7 +300,7 @@ def _object(file: Path, text: str) -> dict[str, Any]:
 
 def _bounded(file: Path, most: int) -> str:
     try:
-        with file.open("rb") as handle:
+        with open_regular(file) as handle:
             raw = handle.read(most + 1)
     except OSError as error:
         raise UserError(

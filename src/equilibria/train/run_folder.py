@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibria.core.errors import UserError, nearest
+from equilibria.diagnostics.record_lines import lines_of
 from equilibria.train.checkpoint import CheckpointFolder
 from equilibria.train.config_file import to_json
 from equilibria.train.experiment import Experiment
@@ -163,14 +164,23 @@ class RunFolder:
         write_text(self.metrics_file, "".join(kept))
 
     def _metrics_lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every complete record with its line as it was written."""
+        """Every complete record with its line as it was written.
+
+        Raises:
+            UserError: they cannot be read.
+        """
         if not self.metrics_file.exists():
             return
-        with self.metrics_file.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
+        try:
+            for line in lines_of(self.metrics_file):
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     yield line, record
+        except OSError as error:
+            raise UserError(
+                f"{self.metrics_file} cannot be read ({error.strerror}); move it away, and the run "
+                "goes on without its records so far"
+            ) from error
