@@ -120,6 +120,21 @@ class RunFolder:
     def checkpoints(self) -> CheckpointFolder:
         return CheckpointFolder(self.path / "checkpoints")
 
+    def check_places(self) -> None:
+        """Find out early whether a run can write where its files and folders belong.
+
+        Raises:
+            UserError: something else is there.
+        """
+        for name in (self.metrics_file.name, "summary.json", "solves.json"):
+            place = self.path / name
+            if place.exists() and not place.is_file():
+                raise UserError(f"{place} is no file, and the run writes one there; move it away")
+        for name in ("checkpoints", "tensorboard", "plots"):
+            place = self.path / name
+            if place.exists() and not place.is_dir():
+                raise UserError(f"{place} is no folder, and the run needs one there; move it away")
+
     def remove_leftovers(self) -> None:
         """Delete what a killed process was about to write; for whoever holds the lock."""
         names = ("config.json", "environment.json", "vocabulary.json", "summary.json")
