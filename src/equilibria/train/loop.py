@@ -85,9 +85,11 @@ class Trainer:
             UserError: there is none, or it is damaged or belongs to another run.
         """
         checkpoints = self.run.checkpoints
+        self.run.check_places()
+        checkpoints.best_loss()  # what is damaged there is said now, and not after hours
         step = checkpoints.latest()
         state = checkpoints.load_training(step)
-        checkpoints.load_weights(step, self.task.model)
+        checkpoints.load_weights(step, self.task.model, resuming=True)
         try:
             self._restore(state, step)
         except UserError:
