@@ -24,6 +24,7 @@ from equilibria.train.files import (
     write_json,
 )
 from equilibria.train.fit import check_shapes
+from equilibria.train.saved_state import check_archive
 from equilibria.train.shards import load_weights
 from equilibria.train.tensor_files import Part, TensorFiles, has_tensors, write_tensors
 
@@ -235,14 +236,14 @@ class CheckpointFolder:
         advice = "use another checkpoint of the run (--checkpoint STEP)"
         return TensorFiles(self.path(step), _WEIGHTS, self._go_back(step) if resuming else advice)
 
-    def load_weights(self, step: int, model: nn.Module, *, resuming: bool = False) -> None:
+    def load_weights(self, step: int, model: nn.Module) -> None:
         """Copy a checkpoint's weights into `model`.
 
         Raises:
             UserError: the file is missing, truncated or damaged, or the tensors in it are not
                 those of the model; the model is untouched then.
         """
-        files = self.weights(step, resuming=resuming)
+        files = self.weights(step)
         check_shapes(files, model.state_dict())
         load_weights(model, files)
 
@@ -268,6 +269,7 @@ class CheckpointFolder:
         """
         file = self.path(step) / _TRAINING
         try:
+            check_archive(file)
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             # torch.load raises whatever its zip and unpickling layers raise; what it advises next
