@@ -200,4 +200,5 @@ def test_files_of_any_size(make_run: Any, page_of: Any) -> None:
     os.truncate(folder / "environment.json", 2**33)
     notices = " ".join(page_of(folder).notices)
     assert "metrics.jsonl cannot be read to its end (it has more than 4,294,967,296" in notices
+    assert "is empty" not in notices
     assert "environment.json cannot be read (it has more than 16,777,216 bytes)" in notices

@@ -222,6 +222,8 @@ def _read_records(file: Path, notices: list[str]) -> list[Record]:
                 records.append(record)
     except OSError as error:
         notices.append(f"{file.name} cannot be read to its end ({error.strerror}).")
+        if not num_lines:
+            return []
     num_damaged = num_lines - len(records)
     if num_damaged:
         are = "is no record" if num_damaged == 1 else "are no records"

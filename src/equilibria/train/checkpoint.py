@@ -20,6 +20,7 @@ from equilibria.train.files import (
     flush_file,
     flush_folder,
     read_json,
+    reason,
     remove_temporaries,
     write_json,
 )
@@ -274,10 +275,9 @@ class CheckpointFolder:
         except Exception as error:
             # torch.load raises whatever its zip and unpickling layers raise; what it advises next
             # is to let the file run its code.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = reason.partition(". In PyTorch 2.6")[0]
+            why = reason(error).partition(". In PyTorch 2.6")[0]
             raise UserError(
-                f"{file} is missing, truncated or damaged ({reason}); delete the folder "
+                f"{file} is missing, truncated or damaged ({why}); delete the folder "
                 f"{file.parent} to resume from the checkpoint before it"
             ) from error
         if not isinstance(state, dict):

@@ -48,6 +48,12 @@ def read_bounded(path: Path, most: int) -> bytes:
     return content
 
 
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, in one line and without its name, which a sentence has already."""
+    known = error.strerror if isinstance(error, OSError) else None
+    return (known or str(error) or type(error).__name__).splitlines()[0]
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: write beside it, flush to disk, rename over it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -85,7 +91,7 @@ def read_json(path: Path, what: str) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {what}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {what}") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}); {what}") from error
 
 
 def flush_file(path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from equilibria.core.errors import UserError
-from equilibria.train.files import flush_file, open_regular
+from equilibria.train.files import flush_file, open_regular, reason
 
 _KINDS = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 """Of numbers; others may be more than torch can read, which would be found out half-way."""
@@ -149,4 +149,4 @@ def _open(file: Path, advice: str) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing; {advice}") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is truncated or damaged ({error}); {advice}") from error
+        raise UserError(f"{file} is truncated or damaged ({reason(error)}); {advice}") from error
