@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from equilibria.data.characters import CharacterVocabulary
+from equilibria.models.deq_transformer import DEQTransformerConfig
 
 
 def _refused(result: Any, message: str) -> None:
@@ -294,3 +298,157 @@ def test_resume_takes_a_folder_and_nothing_else(
 def test_resuming_what_is_no_run(cli: Any, tmp_path: Path) -> None:
     _refused(cli("train", "--resume", tmp_path / "nowhere"), "nowhere is no folder")
     _refused(cli("train", "--resume", tmp_path), "is no run folder: it has no config.json")
+
+
+def _change_json(file: Path, path: str, value: Any) -> None:
+    content = json.loads(file.read_text())
+    place = content
+    *names, last = path.split(".")
+    for name in names:
+        place = place[name]
+    place[last] = value
+    file.write_text(json.dumps(content))
+
+
+def _commands(run: Path, text: Path) -> dict[str, list[Any]]:
+    """Everything that makes a model of a run."""
+    return {
+        "eval": ["eval", run],
+        "eval of a text": ["eval", run, "--text", text],
+        "share": ["share", run, "--folder", run.parent / "shared"],
+        "generate": ["generate", run, "--prompt", "the"],
+        "resume": ["train", "--resume", run],
+    }
+
+
+@pytest.fixture
+def only_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model may be made but of shapes."""
+    kind = DEQTransformerConfig
+    build = kind.build
+
+    def guarded(self: Any, size: int) -> Any:
+        assert torch.get_default_device().type == "meta", "a model was made without a look"
+        return build(self, size)
+
+    monkeypatch.setattr(kind, "build", guarded)
+
+
+@pytest.mark.usefixtures("only_shapes")
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("d_model", 100_000_000, "of shape"),
+        ("d_model", 10**30, "no model can be made"),
+        ("d_inner", 10**9, "of shape"),
+    ],
+)
+def test_a_configuration_larger_than_the_weights(
+    cli: Any, run: Path, text_file: Path, option: str, value: int, message: str
+) -> None:
+    _change_json(run / "config.json", f"config.model.{option}", value)
+    for arguments in _commands(run, text_file).values():
+        _refused(cli(*arguments), message)
+    page = run.parent / "page.html"
+    result = cli("report", run, "--measure", "--output", page)
+    assert (result.code, page.exists()) == (0, True)
+    assert re.search(f"Nothing was measured: .*{message}", result.text)
+
+
+@pytest.mark.usefixtures("only_shapes")
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (10**12, "of shape"),
+        (10**30, "no model can be made"),
+        (True, "has the size 'True'"),
+        (-3, "has the size '-3'"),
+        (0, "has the size '0'"),
+        ("7", "has the size '7'"),
+        (2.5, "has the size '2.5'"),
+    ],
+)
+def test_a_recorded_size_of_the_vocabulary_that_is_none(
+    cli: Any, run: Path, text_file: Path, size: Any, message: str
+) -> None:
+    _change_json(run / "environment.json", "data.vocabulary_size", size)
+    for name in ("eval of a text", "share"):
+        _refused(cli(*_commands(run, text_file)[name]), message)
+
+
+def test_a_vocabulary_of_another_size(cli: Any, run: Path, text_file: Path) -> None:
+    file = run / "vocabulary.json"
+    file.write_text(CharacterVocabulary.from_text("abc").to_json())
+    for name in ("eval of a text", "share"):
+        _refused(cli(*_commands(run, text_file)[name]), "has 3 symbols, and by its environment")
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "checkpoints/best.json"])
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_what_is_no_file_is_not_waited_for(
+    cli: Any, run: Path, text_file: Path, name: str, what: str
+) -> None:
+    (run / name).unlink()
+    if what == "pipe":
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to("/dev/zero")
+    for arguments in _commands(run, text_file).values():
+        result = cli(*arguments)
+        _refused(result, "no regular file")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"best_step": 12, "test_solves": 7}'])
+def test_figures_that_are_none_are_not_shared(cli: Any, run: Path, content: str) -> None:
+    content = content.replace("12", str(_best_step(run)))
+    (run / "summary.json").write_text(content)
+    result = cli("share", run, "--folder", run.parent / "shared")
+    _refused(result, r"delete (it|summary\.json) to share without figures")
+
+
+def _best_step(run: Path) -> int:
+    return json.loads((run / "checkpoints" / "best.json").read_text())["best"][0]["step"]
+
+
+def test_memory_that_runs_out_is_a_sentence(cli: Any, run: Path) -> None:
+    _change_json(
+        run / "config.json", "config.model.solve.eval_solver", f"anderson(history_size={10**15})"
+    )
+    _refused(cli("eval", run, "--max-steps", 10**15), "memory ran out .*; lower")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("metrics.jsonl", "folder"),
+        ("metrics.jsonl", "pipe"),
+        ("summary.json", "folder"),
+        ("solves.json", "folder"),
+        ("tensorboard", "file"),
+        ("plots", "file"),
+    ],
+)
+def test_something_else_where_a_resumed_run_writes(
+    cli: Any, run: Path, name: str, what: str
+) -> None:
+    place = run / name
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    {"folder": Path.mkdir, "pipe": os.mkfifo, "file": Path.touch}[what](place)
+    _refused(cli("train", "--resume", run), rf"{name} is no (file|folder).*; move it away")
+
+
+@pytest.mark.parametrize("content", ["{", '{"best": [{"step": 12, "loss": NaN}]}', "[7]"])
+def test_damaged_marks_are_found_before_training(cli: Any, run: Path, content: str) -> None:
+    (run / "checkpoints" / "best.json").write_text(content)
+    before = _bytes(run)
+    _refused(cli("train", "--resume", run), r"best\.json.*; delete it to use the newest")
+    assert _bytes(run) == before
+
+
+def test_damaged_weights_are_gone_back_from_when_resuming(cli: Any, run: Path) -> None:
+    (*_, newest) = sorted((run / "checkpoints").glob("step-*"))
+    os.truncate(newest / "model.safetensors", 100)
+    _refused(cli("train", "--resume", run), f"delete the folder .*{newest.name} to resume from")
+    _refused(cli("eval", run, "--checkpoint", "last"), r"another checkpoint .*--checkpoint STEP")

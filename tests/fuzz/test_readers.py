@@ -9,14 +9,17 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import math
 import os
 import random
 import resource
 import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +27,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from equilibria import UserError, recipes
+from equilibria import OneStep, UserError, recipes
 from equilibria.cli.train import load_config
 from equilibria.compat.convert import convert
 from equilibria.data.character_corpus import CharacterCorpusConfig
 from equilibria.data.characters import CharacterVocabulary
 from equilibria.data.word_corpus import WordCorpusConfig
 from equilibria.data.words import WordVocabulary
+from equilibria.models.config import SolveConfig
 from equilibria.models.deq_transformer import DEQTransformerConfig
 from equilibria.pretrained import Pretrained
+from equilibria.tasks.language_modeling import LanguageModelingConfig
 from equilibria.train.checkpoint import CheckpointFolder
 from equilibria.train.config_file import to_json
+from equilibria.train.experiment import Experiment, TrainConfig
+from equilibria.train.loop import Trainer, TrainingError
 from equilibria.train.run_folder import RunFolder
 from equilibria.train.tensor_files import Part, write_tensors
 
@@ -88,6 +95,50 @@ def _training(folder: Path) -> Path:
     file = checkpoint / "training.pt"
     torch.save({"optimizer": {"m": torch.arange(9.0)}, "place": 7, "list": [1, "two"]}, file)
     return file
+
+
+def _trainer(folder: Path) -> Trainer:
+    """Of five small steps, three of them solved."""
+    text = folder / "text.txt"
+    text.write_text(TEXT[:400])
+    experiment = Experiment(
+        data=CharacterCorpusConfig(path=text, valid_fraction=0.1, test_fraction=0.1),
+        model=DEQTransformerConfig(
+            d_model=8, num_heads=2, d_inner=8, solve=SolveConfig(max_steps=3, adjoint=OneStep())
+        ),
+        task=LanguageModelingConfig(4, 8, 8, pretrain_steps=2, eval_streams=4),
+        train=TrainConfig(num_steps=5, log_every=2, eval_every=5, checkpoint_every=3, device="cpu"),
+    )
+    task = experiment.build_task(experiment.data.load())
+    return Trainer(experiment, task, RunFolder(folder))
+
+
+@cache
+def _half_a_run() -> dict[str, bytes]:
+    """Files of a run that was cut off after its third step."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _trainer(folder).fit()
+        shutil.rmtree(folder / "checkpoints" / "step-00000005")
+        return snapshot(folder)
+
+
+def _half(folder: Path) -> Path:
+    for name, content in _half_a_run().items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return folder / "checkpoints" / "step-00000003" / "training.pt"
+
+
+def _go_on(file: Path) -> int:
+    """To the end: what is let through must not fail in the middle of the training."""
+    trainer = _trainer(file.parents[2])
+    trainer.resume()
+    try:
+        return trainer.fit()
+    except TrainingError as error:  # a sentence, too
+        raise UserError(str(error)) from error
 
 
 def _part(stem: str) -> Callable[[Path], Path]:
@@ -219,6 +270,7 @@ READERS = {
     "training state": Reader(
         _training, lambda file: CheckpointFolder(file.parents[1]).load_training(3)
     ),
+    "values of a training state": Reader(_half, _go_on, lambda data, seed: other_state(data, seed)),
     "part of weights": Reader(
         _part("model"),
         lambda file: CheckpointFolder(file.parents[1]).load_weights(3, tiny_model()),
@@ -308,6 +360,42 @@ def nest(data: bytearray, draw: random.Random) -> None:
 
 def nothing(data: bytearray, draw: random.Random) -> None:
     data[:] = draw.choice((b"", b"\0" * 100, b"{}", b"[]", b"null", b"\xff\xfe", b"PK\x03\x04"))
+
+
+def other_state(good: bytes, seed: str) -> bytes:
+    """A state that torch saved, with another value at one place."""
+    draw = random.Random(seed)
+    state = torch.load(io.BytesIO(good), weights_only=True)
+    path = draw.choice([path for path in _paths(state) if path])
+    *above, last = path
+    place = state
+    for key in above:
+        place = place[key]
+    if draw.random() < 0.2:
+        del place[last]
+    else:
+        place[last] = draw.choice(_foreign_values(place[last]))
+    changed = io.BytesIO()
+    torch.save(state, changed)
+    return changed.getvalue()
+
+
+def _foreign_values(value: Any) -> list[Any]:
+    """Of other types and shapes; of a tensor also such that are nearly as it was."""
+    plain: list[Any] = [
+        None, True, -1, 0, 10**30, 1e308, math.nan, -math.inf, "", "x", [], {}, [[]], {0: {}},
+        torch.zeros(0), torch.zeros(3), torch.zeros(2, 2), torch.tensor(math.nan),
+        torch.tensor(7), torch.zeros(1).expand(10**12), torch.zeros(1, 1).expand(10**6, 10**7),
+    ]  # fmt: skip
+    if not isinstance(value, torch.Tensor):
+        return plain
+    near = [
+        value.double(), value.half(), value.bool(), value.to(torch.complex64), value.flatten()[:1],
+        value.unsqueeze(0), value.unsqueeze(-1), value.flatten()[:1].expand(10**9), value * 1e30,
+        value.to_sparse(), value.to("meta"), torch.nn.Parameter(value.float()), value.flatten(),
+        torch.zeros((), dtype=value.dtype).expand(value.shape), torch.cat([value.flatten()] * 9),
+    ]  # fmt: skip
+    return [*plain, *near]
 
 
 MUTATIONS = (

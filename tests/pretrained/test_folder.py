@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pkgutil
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -395,3 +397,51 @@ def test_a_card_of_gigabytes_is_not_read(folder: Path) -> None:
         file.truncate(2**40)
     with pytest.raises(UserError, match="more than 1,048,576 bytes"):
         Pretrained.from_pretrained(folder)
+
+
+# --- Links, pipes and devices --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_out_of_the_folder_is_refused(make: Make, tmp_path: Path, name: str) -> None:
+    """Else a file of whoever loads the folder would be shown, and shared on by the next one."""
+    folder, outside = tmp_path / "shared", tmp_path / "secret"
+    make().save_pretrained(folder)
+    (folder / name).replace(outside)
+    (folder / name).symlink_to(outside)
+    assert f"{name} is a link to {outside}, which is outside of the folder" in refusal(folder)
+
+
+def test_links_of_the_cache_of_the_hub_are_followed(make: Make, tmp_path: Path) -> None:
+    """Whose snapshots are links into the blobs of the repository, and no further."""
+    repository = tmp_path / "models--me--mine"
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    mine = make()
+    mine.save_pretrained(snapshot)
+    blobs.mkdir()
+    for number, name in enumerate(FILES):
+        if (snapshot / name).exists():
+            (snapshot / name).replace(blobs / str(number))
+            (snapshot / name).symlink_to(f"../../blobs/{number}")
+    assert Pretrained.from_pretrained(snapshot).config == mine.config
+    (tmp_path / "link").symlink_to(snapshot)
+    assert Pretrained.from_pretrained(tmp_path / "link").config == mine.config
+    (snapshot / "README.md").unlink(missing_ok=True)
+    (snapshot / "README.md").symlink_to("/etc/hostname")
+    assert "outside of the folder" in refusal(snapshot)
+
+
+def test_links_in_a_circle_are_a_sentence(make: Make, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("config.json")
+    assert re.search("leads nowhere|cannot be read", refusal(tmp_path))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_is_not_waited_for(make: Make, tmp_path: Path, name: str) -> None:
+    make().save_pretrained(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert "no regular file" in refusal(tmp_path)
+    assert not is_shared(tmp_path) or name != "config.json"

@@ -191,3 +191,14 @@ def test_a_run_is_left_as_it_is(make_run: Any, page_of: Any) -> None:
     page_of(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert json.loads(before["summary.json"])
+
+
+def test_files_of_any_size(make_run: Any, page_of: Any) -> None:
+    """Sparse ones, which cost the disk nothing and the memory all of it."""
+    folder = make_run()
+    os.truncate(folder / "metrics.jsonl", 2**33)
+    os.truncate(folder / "environment.json", 2**33)
+    notices = " ".join(page_of(folder).notices)
+    assert "metrics.jsonl cannot be read to its end (it has more than 4,294,967,296" in notices
+    assert "is empty" not in notices
+    assert "environment.json cannot be read (it has more than 16,777,216 bytes)" in notices

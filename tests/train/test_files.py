@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from equilibria import UserError
-from equilibria.train.files import flush_folder, read_json, write_json, write_text
+from equilibria.train.files import (
+    flush_folder,
+    open_regular,
+    read_bounded,
+    read_json,
+    write_json,
+    write_text,
+)
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:
@@ -62,3 +69,25 @@ def test_unreadable_json_is_a_sentence(tmp_path: Path, content: bytes | None, re
 def test_flushing_a_folder_that_is_not_there_is_harmless(tmp_path: Path) -> None:
     flush_folder(tmp_path)
     flush_folder(tmp_path / "missing")
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    """A pipe would be waited for, a device has no end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(UserError, match=r"cannot be read \(it is no regular file\); do so"):
+            read_json(tmp_path / name, "do something")
+        with pytest.raises(OSError, match="no regular file"):
+            open_regular(tmp_path / name)
+
+
+def test_no_more_is_read_than_a_file_may_have(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(b"[1]")
+    assert read_bounded(file, 3) == b"[1]"
+    with pytest.raises(OSError, match="more than 2 bytes"):
+        read_bounded(file, 2)
+    os.truncate(file, 2**40)
+    with pytest.raises(UserError, match=r"a\.json cannot be read \(.*more than"):
+        read_json(file, "do something")

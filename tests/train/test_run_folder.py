@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +165,21 @@ def test_a_folder_is_locked_once(run: RunFolder, experiment: Experiment) -> None
         pass
     with run.lock():
         pass
+
+
+def test_metrics_of_any_size(tmp_path: Path) -> None:
+    """A line that is longer than any record is none; a file of such a size is a sentence."""
+    run = RunFolder(tmp_path)
+    run.append_metrics({"kind": "train", "step": 1})
+    with run.metrics_file.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.truncate(2**28)  # without a line feed, and without a block on the disk
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n{"kind": "train", "step": 2}\n')
+    tracemalloc.start()
+    assert [record["step"] for record in run.metrics()] == [1, 2]
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
+    os.truncate(run.metrics_file, 2**33)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read \(.*move it away"):
+        run.rewind_metrics(1)

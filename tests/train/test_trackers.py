@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,6 +140,36 @@ def test_a_tracker_that_cannot_begin_stops_a_new_run_only(
     with track(run, "wandb") as tracked:
         tracked.log(RECORDS[0])
         assert tracked.told() == ["wandb could not go on (no account) and gets no records"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "holds other things"),
+        ('{"wandb": 7}', "holds other things"),
+        ('{"wandb": "../../etc"}', "holds other things"),
+        (None, "cannot be read .*directory"),
+    ],
+)
+def test_a_damaged_identity_costs_records_and_no_run(
+    run: RunFolder, recorder: list[Recorder], content: str | None, reason: str
+) -> None:
+    """The run goes on under a new one; also where the tracker itself cannot begin."""
+    file = run.path / "trackers.json"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(content)
+    with track(run, "wandb") as tracked:
+        tracked.log(RECORDS[0])
+        complaints = tracked.told()
+    assert re.search(rf"trackers\.json {reason}.*; it goes on as a new run", complaints[0])
+    assert len(recorder[0].records) == 1
+    if content is None:
+        assert "trackers.json could not be written" in complaints[1]
+    else:
+        assert re.fullmatch("[0-9a-f]{8}", run.read_json("trackers.json")["wandb"])
 
 
 def test_unknown_and_missing_trackers_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,14 @@ import tyro
 
 from equilibria.cli.parsing import parse
 from equilibria.cli.positional import split_run
-from equilibria.cli.runs import checkpoint_step, load_task, open_run, vocabulary_of
+from equilibria.cli.runs import (
+    build_model,
+    checkpoint_step,
+    load_task,
+    open_run,
+    vocabulary_of,
+    vocabulary_size_of,
+)
 from equilibria.core.errors import UserError
 from equilibria.core.solver import Solver
 from equilibria.data.segments import Segment, evaluation_segments
@@ -98,12 +105,12 @@ def _of_run(path: Path, options: EvalOptions) -> _Scored:
         task, _, step = load_task(run, experiment, options.checkpoint)
         split = options.split or "test"
         return _Scored(task, f"{split} split, checkpoint of step {step}", split, autocast)
-    vocabulary = vocabulary_of(run, experiment)
-    if vocabulary is None or not isinstance(config, LanguageModelingConfig):
+    if not run.vocabulary_file.exists() or not isinstance(config, LanguageModelingConfig):
         raise UserError("the run is no language model of a text; leave out --text")
     step = checkpoint_step(run, options.checkpoint)
-    built = model.build(len(vocabulary))
-    run.checkpoints.load_weights(step, built)
+    # First, because a vocabulary may be as large as its size says.
+    built = build_model(run, model, step, vocabulary_size_of(run, experiment))
+    vocabulary = cast(Vocabulary, vocabulary_of(run, experiment))
     built = built.to(experiment.train.torch_device())
     task, notes = _on_file(built, config, vocabulary, options)
     return _Scored(task, f"{options.text}, checkpoint of step {step}", "test", autocast, notes)

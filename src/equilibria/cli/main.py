@@ -32,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"error: {_short_of_memory(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -60,6 +65,20 @@ def _dispatch(given: list[str]) -> int:
             f"(there are: {', '.join(COMMANDS)})"
         )
     return importlib.import_module(f"equilibria.cli.{command}").main(given[1:])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Sizes of a configuration that are beyond this machine, or beyond any."""
+    signs = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+def _short_of_memory(error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return (
+        f"memory ran out ({reason}); lower what the configuration asks for (batch size, segment "
+        "length, the solver's history_size and max_steps), or use a machine with more"
+    )
 
 
 def _usage() -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from equilibria.cli.parsing import parse
 from equilibria.cli.positional import split_run
 from equilibria.cli.runs import (
+    build_model,
     checkpoint_step,
     environment_of,
     open_run,
@@ -86,10 +87,10 @@ def _check(options: ShareOptions) -> None:
 
 def _pretrained(run: RunFolder, experiment: Experiment, step: int) -> Pretrained:
     """The model of a checkpoint with its card; the data are not needed."""
-    environment = environment_of(run)
-    vocabulary, size = vocabulary_of(run, experiment), vocabulary_size_of(run, experiment)
-    model = experiment.model.build(size)
-    run.checkpoints.load_weights(step, model)
+    environment, size = environment_of(run), vocabulary_size_of(run, experiment)
+    # First, because a vocabulary may be as large as its size says.
+    model = build_model(run, experiment.model, step, size)
+    vocabulary = vocabulary_of(run, experiment)
     task = experiment.task
     reading = None
     if isinstance(task, LanguageModelingConfig):
@@ -100,8 +101,20 @@ def _pretrained(run: RunFolder, experiment: Experiment, step: int) -> Pretrained
         vocabulary_size=size,
         vocabulary=vocabulary,
         reading=reading,
-        card=card(_facts(run, experiment, step, model, environment, vocabulary)),
+        card=_card(_facts(run, experiment, step, model, environment, vocabulary), run),
     )
+
+
+def _card(facts: Facts, run: RunFolder) -> str:
+    try:
+        return card(facts)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # of figures that are none, which only somebody else can have put there
+        raise UserError(
+            f"summary.json or environment.json in {run.path} is damaged "
+            f"({type(error).__name__}: {str(error)[:100]}); restore them, or delete summary.json "
+            "to share without figures"
+        ) from error
 
 
 def _facts(
@@ -128,7 +141,10 @@ def _facts(
 def _summary(run: RunFolder, step: int) -> dict[str, Any]:
     """The final figures, if they are of this checkpoint."""
     file = run.path / "summary.json"
-    summary = read_json(file, "delete it to share without figures") if file.exists() else {}
+    advice = "delete it to share without figures"
+    summary = read_json(file, advice) if file.exists() else {}
+    if not isinstance(summary, dict):
+        raise UserError(f"{file} holds no figures; {advice}")
     return summary if summary.get("best_step") == step else {}
 
 

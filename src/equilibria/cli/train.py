@@ -36,6 +36,7 @@ from equilibria.train.launch import (
 from equilibria.train.loop import MemoryRanOutError, Trainer, TrainingError
 from equilibria.train.report import finish, render
 from equilibria.train.run_folder import RunFolder
+from equilibria.train.tensor_files import TensorFiles
 from equilibria.train.trackers import Trackers, check_trackers
 
 _SHORT = {
@@ -162,7 +163,7 @@ def _prepared(plan: Plan, engine: Engine, stack: ExitStack) -> tuple[Data, Train
     failure, made = None, None
     try:
         data = plan.experiment.data.load()
-        task = plan.experiment.build_task(data)
+        task = plan.experiment.build_task(data, _weights(plan.resumed, data))
         run = None
         if engine.is_main:
             run = _run_folder(plan, data, task, engine)
@@ -193,6 +194,19 @@ def _prepared(plan: Plan, engine: Engine, stack: ExitStack) -> tuple[Data, Train
     elif engine.is_main:
         run.rewind_metrics(0)  # of an attempt that died before its first checkpoint
     return data, trainer
+
+
+def _weights(resumed: RunFolder | None, data: Data) -> TensorFiles | None:
+    """Of the checkpoint that a run goes on from, on the same data as before.
+
+    Raises:
+        UserError: the data are others, or the weights are damaged.
+    """
+    if resumed is not None:
+        check_data(resumed, data)  # of another text the weights would not fit, either
+    if resumed is None or not resumed.checkpoints.steps():
+        return None
+    return resumed.checkpoints.weights(resumed.checkpoints.latest(), resuming=True)
 
 
 def _start_trackers(trainer: Trainer, stack: ExitStack) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from equilibria.core.errors import UserError
+from equilibria.diagnostics.record_lines import lines_of
 from equilibria.diagnostics.series import (
     Points,
     Record,
@@ -85,13 +86,11 @@ def read_metrics(folder: Path) -> list[Record]:
         UserError: there are none.
     """
     file = folder / "metrics.jsonl"
-    # a crash may cut inside a character too
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     records: list[Record] = []
-    for line in text.splitlines():
+    for line in lines_of(file) if file.is_file() else ():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)

@@ -154,6 +154,15 @@ class TCN(nn.Module):
                 f"the saved memory has shapes {[tuple(t.shape) for t in tensors]}, this model "
                 "needs ids (batch, length); the checkpoint belongs to another model"
             )
+        ids, size = tensors[0], self.embedding.num_embeddings
+        # Not on a GPU, which would be waited for in every step; saved ones are on the CPU first.
+        if ids.dtype not in (torch.int64, torch.int32) or (
+            ids.device.type == "cpu" and ((ids < 0) | (ids >= size)).any()
+        ):
+            raise UserError(
+                f"the saved memory has other ids than 0 to {size - 1}; the checkpoint belongs to "
+                "another model"
+            )
         return tuple(tensors)
 
     def num_parameters(self, *, embedding: bool = True) -> int:

@@ -69,7 +69,9 @@ class TransformerConfig(ModelConfig):
         for name in ("d_model", "num_heads", "d_inner"):
             check_positive_integer(name, getattr(self, name))
         if self.d_model % self.num_heads:
-            divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
+            # Bounded, because a file of somebody else may say any size.
+            largest = min(self.d_model, 2**16)
+            divisors = [n for n in range(1, largest + 1) if self.d_model % n == 0]
             raise UserError(
                 f"num_heads={self.num_heads} does not divide d_model={self.d_model}; choose a "
                 f"divisor such as {min(divisors, key=lambda n: abs(n - self.num_heads))}, or "

@@ -33,7 +33,7 @@ from equilibria.pretrained import weights
 from equilibria.pretrained.architectures import Architecture, architecture, name_of
 from equilibria.train.config_file import from_json, to_json
 from equilibria.train.experiment import Vocabulary
-from equilibria.train.files import write_json, write_text
+from equilibria.train.files import open_regular, write_json, write_text
 
 CONFIG, WEIGHTS, VOCABULARY, CARD = FILES = (
     "config.json",
@@ -130,6 +130,7 @@ def read_folder(folder: Path) -> Shared:
         UserError: a file is missing, damaged, too large or of another model; an architecture or an
             option that is not ours.
     """
+    _check_links(folder)
     content = _small_json(folder / CONFIG, _MAX_CONFIG)
     kind = _kind(folder, content)
     file = folder / WEIGHTS
@@ -138,12 +139,43 @@ def read_folder(folder: Path) -> Shared:
     config, size = _config(folder, content, kind, numbers, len(header))
     dtype, reading = _dtype(folder, content), _reading(content)
     weights.check_forms(file, header, weights.forms_of(_on_no_device(folder, config, size), dtype))
-    vocabulary = _vocabulary(folder, size)
+    vocabulary, card = _vocabulary(folder, size), _text(folder / CARD)
     # Only now, and no larger than the file, is a model made.
     with torch.random.fork_rng(devices=[]):  # whoever loads a model draws as before
         model = config.build(size).to(dtype)
     weights.load_weights(file, model)
-    return Shared(model.eval(), config, size, vocabulary, reading, _text(folder / CARD))
+    return Shared(model.eval(), config, size, vocabulary, reading, card)
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links out of the folder, by which a file of this machine would pass for a part of it.
+
+    In the cache of huggingface_hub the files of a snapshot are links into the folder of its
+    repository: models--OWNER--NAME/snapshots/REVISION/README.md -> ../../blobs/...
+
+    Raises:
+        UserError: one leads outside.
+    """
+    home = folder.resolve()
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        home = home.parents[1]
+    for name in FILES:
+        file = folder / name
+        target = _target(file)
+        if not target.is_relative_to(home):
+            raise UserError(
+                f"{file} is a link to {target}, which is outside of the folder; put the file "
+                "itself there, or get the folder again from where it was shared"
+            )
+
+
+def _target(file: Path) -> Path:
+    try:
+        return file.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise UserError(
+            f"{file} is a link that leads nowhere; put the file itself there"
+        ) from error
 
 
 def _config_of(shared: Shared) -> dict[str, Any]:
@@ -303,7 +335,7 @@ def _object(file: Path, text: str) -> dict[str, Any]:
 
 def _bounded(file: Path, most: int) -> str:
     try:
-        with file.open("rb") as handle:
+        with open_regular(file) as handle:
             raw = handle.read(most + 1)
     except OSError as error:
         raise UserError(

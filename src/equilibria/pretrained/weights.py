@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from equilibria.core.errors import UserError
+from equilibria.train.files import open_regular
 
 _MAX_HEADER = 2**22
 """Bytes, for tens of thousands of tensors; ours have about a hundred."""
@@ -139,8 +141,8 @@ def load_weights(file: Path, model: nn.Module) -> None:
 def _raw_header(file: Path) -> tuple[int, int, bytes]:
     """Bytes of the file and of the header, and the header itself."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
+        with open_regular(file) as handle:
+            size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
             raw = handle.read(length) if 2 <= length <= min(_MAX_HEADER, size - 8) else None
     except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from equilibria.core.errors import UserError, nearest
+from equilibria.diagnostics.record_lines import lines_of
 from equilibria.diagnostics.series import (
     Points,
     Record,
@@ -24,6 +25,7 @@ from equilibria.diagnostics.series import (
 from equilibria.report.blocks import RunName
 from equilibria.report.measurements import Measurements
 from equilibria.report.wording import count, plural
+from equilibria.train.files import MAX_JSON, read_bounded
 
 _FILES = ("config.json", "metrics.jsonl", "summary.json")
 _DEEPEST = 50
@@ -170,9 +172,8 @@ def _unfinished(run: Run) -> str:
 def _read_object(file: Path, notices: list[str], consequence: str) -> dict[str, Any]:
     """A JSON object; empty, with a notice, where there is none."""
     try:
-        # a pipe would be waited for
-        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
-        value = None if text is None else json.loads(text)
+        text = read_bounded(file, MAX_JSON) if file.is_file() else None
+        value = None if text is None else json.loads(text.decode(errors="replace"))
     except OSError as error:
         notices.append(f"{file.name} cannot be read ({error.strerror}): {consequence}.")
         return {}
@@ -214,14 +215,15 @@ def _read_records(file: Path, notices: list[str]) -> list[Record]:
     records: list[Record] = []
     num_lines = 0
     try:
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                num_lines += 1
-                record = _record(line)
-                if record is not None:
-                    records.append(record)
+        for line in lines_of(file):
+            num_lines += 1
+            record = _record(line)
+            if record is not None:
+                records.append(record)
     except OSError as error:
         notices.append(f"{file.name} cannot be read to its end ({error.strerror}).")
+        if not num_lines:
+            return []
     num_damaged = num_lines - len(records)
     if num_damaged:
         are = "is no record" if num_damaged == 1 else "are no records"

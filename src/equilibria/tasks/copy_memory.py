@@ -210,7 +210,13 @@ class CopyMemory(Task):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`; see `Task.load_state_dict`."""
-        self._num_served = int(state["num_served"])
+        num_served = state["num_served"]
+        if type(num_served) is not int or num_served < 0:  # a bool is an int to isinstance
+            raise UserError(
+                f"the saved place in the data is {str(num_served)[:60]!r}, expected the number of "
+                "the next batch; the checkpoint is damaged, resume from another one"
+            )
+        self._num_served = num_served
 
     def _call(
         self,

@@ -308,11 +308,35 @@ class LanguageModeling(Task):
         """Restore this share of the rows; see `Task.load_state_dict`."""
         self._training.load_state_dict(state["training"])
         tensors, rows = state["memory"], self.share.rows(self.config.batch_size)
-        self._memory = (
-            None
-            if tensors is None
-            else self.language_model.memory_from([t[rows].to(self._device) for t in tensors])
-        )
+        self._memory = None
+        if tensors is not None:
+            self._check_memory(tensors)
+            memory = self.language_model.memory_from([t[rows] for t in tensors])
+            self._memory = self.language_model.memory_from([t.to(self._device) for t in memory])
+
+    def _check_memory(self, tensors: Sequence[Tensor]) -> None:
+        """Find out before training whether segments can go on from a saved memory.
+
+        The model checks what else it knows of it.
+
+        Raises:
+            UserError: it is of another batch, or not what a forward pass leaves.
+        """
+        wanted = next(self.model.parameters()).dtype
+        rows = {tuple(tensor.shape[:2]) for tensor in tensors}
+        if len(rows) != 1 or len(first := rows.pop()) < 2 or first[0] != self.config.batch_size:
+            raise UserError(
+                f"the saved memory has shapes {[tuple(t.shape) for t in tensors][:4]}, expected "
+                f"{self.config.batch_size} rows of one length; the checkpoint is damaged, resume "
+                "from another one"
+            )
+        for tensor in tensors:
+            is_view = tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+            if is_view or torch.promote_types(tensor.dtype, wanted) != wanted:
+                raise UserError(
+                    f"the saved memory is of {tensor.dtype} or has fewer numbers than its shape; "
+                    "the checkpoint is damaged, resume from another one"
+                )
 
 
 def _losses(output: LanguageModelOutput) -> Tensor:

@@ -20,9 +20,12 @@ from equilibria.train.files import (
     flush_file,
     flush_folder,
     read_json,
+    reason,
     remove_temporaries,
     write_json,
 )
+from equilibria.train.fit import check_shapes
+from equilibria.train.saved_state import check_archive
 from equilibria.train.shards import load_weights
 from equilibria.train.tensor_files import Part, TensorFiles, has_tensors, write_tensors
 
@@ -55,7 +58,9 @@ class _Mark(NamedTuple):
     def of(entry: object) -> _Mark | None:
         """Read one; None where it is something else."""
         match entry:
-            case {"step": int(step), "loss": int() | float() as loss}:
+            case {"step": int(step), "loss": float(loss)} if not math.isnan(loss):
+                return _Mark(loss, step)
+            case {"step": int(step), "loss": int(loss)} if abs(loss) < 2**53:
                 return _Mark(float(loss), step)
             case _:
                 return None
@@ -235,6 +240,15 @@ class CheckpointFolder:
             if step not in kept:
                 shutil.rmtree(self._set_aside(self.path(step)))
 
+    def weights(self, step: int, *, resuming: bool = False) -> TensorFiles:
+        """The tensors of a checkpoint, of which nothing but names and shapes has been read.
+
+        Raises:
+            UserError: the file is missing, truncated or damaged.
+        """
+        advice = "use another checkpoint of the run (--checkpoint STEP)"
+        return TensorFiles(self.path(step), _WEIGHTS, self._go_back(step) if resuming else advice)
+
     def load_weights(self, step: int, model: nn.Module) -> None:
         """Copy a checkpoint's weights into `model`.
 
@@ -242,10 +256,13 @@ class CheckpointFolder:
             UserError: the file is missing, truncated or damaged, or the tensors in it are not
                 those of the model; the model is untouched then.
         """
-        advice = "use another checkpoint of the run (--checkpoint STEP)"
-        files = TensorFiles(self.path(step), _WEIGHTS, advice)
-        _check_fit(files, model.state_dict())
+        files = self.weights(step)
+        check_shapes(files, model.state_dict())
         load_weights(model, files)
+
+    def _go_back(self, step: int) -> str:
+        """What helps when a run cannot go on from a checkpoint."""
+        return f"delete the folder {self.path(step)} to resume from the checkpoint before it"
 
     def optimizer_shards(self, step: int) -> TensorFiles | None:
         """What processes with shards wrote of their optimiser; None where training has all of it.
@@ -255,8 +272,7 @@ class CheckpointFolder:
         """
         if not has_tensors(self.path(step), _OPTIMIZER):
             return None
-        advice = f"delete the folder {self.path(step)} to resume from the checkpoint before it"
-        return TensorFiles(self.path(step), _OPTIMIZER, advice)
+        return TensorFiles(self.path(step), _OPTIMIZER, self._go_back(step))
 
     def load_training(self, step: int) -> dict[str, Any]:
         """Read what training needs to go on from a checkpoint.
@@ -266,14 +282,14 @@ class CheckpointFolder:
         """
         file = self.path(step) / _TRAINING
         try:
+            check_archive(file)
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             # torch.load raises whatever its zip and unpickling layers raise; what it advises next
             # is to let the file run its code.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = reason.partition(". In PyTorch 2.6")[0]
+            why = reason(error).partition(". In PyTorch 2.6")[0]
             raise UserError(
-                f"{file} is missing, truncated or damaged ({reason}); delete the folder "
+                f"{file} is missing, truncated or damaged ({why}); delete the folder "
                 f"{file.parent} to resume from the checkpoint before it"
             ) from error
         if not isinstance(state, dict):
@@ -299,24 +315,3 @@ def _wait_for_parts(folder: Path, part: Part) -> None:
                 "see the same folder"
             )
         time.sleep(0.02)
-
-
-def _check_fit(files: TensorFiles, expected: dict[str, Tensor]) -> None:
-    file, given = files.path, files.shapes
-    missing, foreign = expected.keys() - given.keys(), given.keys() - expected.keys()
-    if missing or foreign:
-        raise UserError(
-            f"{file} belongs to another model: {len(missing)} tensors are missing"
-            f"{_first(missing)}, {len(foreign)} are unknown{_first(foreign)}; evaluate it with "
-            "the configuration it was trained with"
-        )
-    for name, tensor in expected.items():
-        if given[name] != tensor.shape:
-            raise UserError(
-                f"{file} has {name} of shape {given[name]}, the model's is "
-                f"{tuple(tensor.shape)}; the configuration or the text has changed since"
-            )
-
-
-def _first(names: set[str]) -> str:
-    return f" (such as {min(names)!r})" if names else ""

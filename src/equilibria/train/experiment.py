@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from equilibria.tasks.copy_memory import CopyMemory, CopyMemoryConfig, CopySourc
 from equilibria.tasks.language_modeling import LanguageModeling, LanguageModelingConfig
 from equilibria.tasks.task import Share, Split, Task, TaskConfig, check_chunks
 from equilibria.train.engine import Strategy
+from equilibria.train.fit import check_fits
 from equilibria.train.optimizers import OptimizerConfig
+
+if TYPE_CHECKING:
+    from equilibria.train.tensor_files import TensorFiles
 
 
 class Vocabulary(Protocol):
@@ -177,26 +181,33 @@ class Experiment:
         rows = Share(0, num_processes).rows(self.task.batch_size)
         check_chunks(rows.stop, self.train.batch_chunks)
 
-    def build_task(self, data: Data) -> Task:
+    def build_task(self, data: Data, weights: TensorFiles | None = None) -> Task:
         """Make model and task with everything drawn from the seed.
 
+        Args:
+            data: what the task learns from.
+            weights: that the model will get, which must fit before it is made.
+
         Raises:
-            UserError: the task cannot learn from such data.
+            UserError: the task cannot learn from such data, or the weights are of another model.
         """
         match self.task:
             case LanguageModelingConfig() as config if isinstance(data, Corpus):
-                model = self._build_model(len(data.vocabulary))
+                model = self._build_model(len(data.vocabulary), weights)
                 solve = getattr(self.model, "solve", None)
                 return _language_modeling(model, config, data, solve, self.seed)
             case CopyMemoryConfig() as config if isinstance(data, CopySource):
-                return CopyMemory(self._build_model(data.vocabulary_size), config, data)
+                model = self._build_model(data.vocabulary_size, weights)
+                return CopyMemory(model, config, data)
             case _:
                 raise UserError(
                     f"{type(self.task).__name__} cannot learn from {type(data).__name__}; give "
                     "the experiment a task and data that belong together"
                 )
 
-    def _build_model(self, vocabulary_size: int) -> Any:
+    def _build_model(self, vocabulary_size: int, weights: TensorFiles | None) -> Any:
+        if weights is not None:
+            check_fits(weights, self.model, vocabulary_size)
         torch.manual_seed(self.seed)
         return self.model.build(vocabulary_size).to(self.train.torch_device())
 

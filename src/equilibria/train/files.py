@@ -1,16 +1,22 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Writing files so that a crash leaves the old one or the new one, never half of one.
+
+And reading them with bounds, because whatever lies in a folder may be somebody else's.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from equilibria.core.errors import UserError
 
+MAX_JSON = 2**24
+"""Bytes, a thousand times what our files have; Python makes some twenty times as many of them."""
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 """Errors that say more about the machine than about us."""
 
@@ -28,6 +34,41 @@ def disk_error(error: OSError) -> UserError:
         f"{error.strerror}{where}; make room or give another folder, and call again. Checkpoints "
         "that were complete still are"
     )
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes, at once: a pipe would be waited for, a device has no end.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    # Without the flag, to open a pipe is to wait for whoever writes to it.
+    handle = open(  # noqa: SIM115
+        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    )
+    if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        return handle
+    handle.close()
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The bytes of a regular file that has so many at most.
+
+    Raises:
+        OSError: it cannot be read, has more, or is no regular file.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return content
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, in one line and without its name, which a sentence has already."""
+    known = error.strerror if isinstance(error, OSError) else None
+    return (known or str(error) or type(error).__name__).splitlines()[0]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,14 +101,14 @@ def read_json(path: Path, what: str) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: it is missing, unreadable or no JSON.
+        UserError: it is missing, unreadable, far too large or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bounded(path, MAX_JSON).decode("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {what}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {what}") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}); {what}") from error
 
 
 def flush_file(path: Path) -> None:

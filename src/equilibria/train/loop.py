@@ -17,20 +17,29 @@ from equilibria.train.checkpoint import Snapshot
 from equilibria.train.checkpoint_writer import CheckpointWriter
 from equilibria.train.engine import Engine
 from equilibria.train.experiment import Data, Experiment
+from equilibria.train.fit import check_shapes
 from equilibria.train.interrupt import StopRequest
 from equilibria.train.launch import is_launched
 from equilibria.train.metrics_log import MetricsLog
 from equilibria.train.optimizers import Plateau
 from equilibria.train.progress import Progress
 from equilibria.train.run_folder import RunFolder
+from equilibria.train.saved_state import (
+    check_interval,
+    check_statistics,
+    fitting_optimizer_state,
+    restored,
+    restored_plateau,
+)
 from equilibria.train.shards import (
     cut_optimizer_state,
     held_here,
+    load_weights,
     split_optimizer_state,
     whole,
 )
 from equilibria.train.statistics import Clock, Interval, SolveStatistics, StepRecord
-from equilibria.train.tensor_files import Part
+from equilibria.train.tensor_files import Part, TensorFiles
 from equilibria.train.trackers import Trackers
 
 
@@ -90,6 +99,8 @@ class Trainer:
             UserError: there is none, or it is damaged or belongs to another run.
         """
         checkpoints = self.run.checkpoints
+        self.run.check_places()
+        checkpoints.best_loss()  # what is damaged there is said now, and not after hours
         step = checkpoints.latest()
         state = checkpoints.load_training(step)
         if not state:
@@ -97,16 +108,20 @@ class Trainer:
                 f"{self.run.path} was made by 'equilibria convert' and has no training state to "
                 "resume from; it can be scored, generate and be shared"
             )
-        checkpoints.load_weights(step, self.task.model)
+        weights = checkpoints.weights(step, resuming=True)
+        check_shapes(weights, self.task.model.state_dict())
         try:
-            self._restore(state, step)
+            untouched = self._untouched(state, weights)
+            load_weights(self.task.model, weights)
+            self._restore(state, step, untouched)
         except UserError:
             raise
         except Exception as error:
             # whatever optimisers and generators raise when they are given something foreign
+            reason = str(error).partition("\n")[0][:200]
             raise UserError(
                 f"the training state in {checkpoints.path(step)} does not fit this run "
-                f"({type(error).__name__}: {error}); delete that folder to resume from the "
+                f"({type(error).__name__}: {reason}); delete that folder to resume from the "
                 "checkpoint before it"
             ) from error
         self.step = step
@@ -321,17 +336,37 @@ class Trainer:
         if failure is not None:
             raise TrainingError(failure)
 
-    def _restore(self, state: dict[str, Any], step: int) -> None:
+    def _untouched(self, state: dict[str, Any], weights: TensorFiles) -> set[int]:
+        """Parameters by number of which the optimiser knows nothing and that no step has changed.
+
+        Those that have no part in the loss, or all, where every step so far was skipped. The model
+        is still as it was made.
+        """
+        known = state["optimizer"]["state"]
+        return {
+            number
+            for number, (name, parameter) in enumerate(self.task.model.named_parameters())
+            if not known.get(number)
+            and torch.equal(whole(parameter.detach()).cpu(), weights.read(name))
+        }
+
+    def _restore(self, state: dict[str, Any], step: int, untouched: set[int]) -> None:
         device = next(self.task.model.parameters()).device
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         shards = self.run.checkpoints.optimizer_shards(step)
-        self.optimizer.load_state_dict(cut_optimizer_state(state["optimizer"], parameters, shards))
+        saved = cut_optimizer_state(state["optimizer"], parameters, shards)
+        config = self.experiment.optimizer
+        self.optimizer.load_state_dict(
+            fitting_optimizer_state(saved, self.optimizer, config, step, untouched)
+        )
         self.task.load_state_dict(state["task"])
-        self.clock = Clock(**state["clock"])
+        self.clock = restored(Clock, state["clock"])
+        check_statistics(state["statistics"], self.experiment.task.batch_size)
         self.statistics.load_state_dict(state["statistics"])
+        check_interval(state["interval"])
         if self.engine.is_main:
             self._interval = Interval.from_state_dict(state["interval"], device)
-        self.plateau = Plateau(**state["plateau"])
+        self.plateau = restored_plateau(state["plateau"], config)
         _restore_random(state["random"], self.engine, self.experiment.seed, step)
 
     def _training_state(self, optimizer: dict[str, Any]) -> dict[str, Any]:

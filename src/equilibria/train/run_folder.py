@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibria.core.errors import UserError, nearest
+from equilibria.diagnostics.record_lines import lines_of
 from equilibria.train.checkpoint import CheckpointFolder
 from equilibria.train.config_file import to_json
 from equilibria.train.experiment import Experiment
@@ -121,6 +122,21 @@ class RunFolder:
     def checkpoints(self) -> CheckpointFolder:
         return CheckpointFolder(self.path / "checkpoints")
 
+    def check_places(self) -> None:
+        """Find out early whether a run can write where its files and folders belong.
+
+        Raises:
+            UserError: something else is there.
+        """
+        for name in (self.metrics_file.name, "summary.json", "solves.json"):
+            place = self.path / name
+            if place.exists() and not place.is_file():
+                raise UserError(f"{place} is no file, and the run writes one there; move it away")
+        for name in ("checkpoints", "tensorboard", "plots"):
+            place = self.path / name
+            if place.exists() and not place.is_dir():
+                raise UserError(f"{place} is no folder, and the run needs one there; move it away")
+
     def remove_leftovers(self) -> None:
         """Delete what a killed process was about to write; for whoever holds the lock."""
         names = ("config.json", "environment.json", "vocabulary.json", "summary.json")
@@ -182,14 +198,23 @@ class RunFolder:
         write_text(self.metrics_file, "".join(kept))
 
     def _metrics_lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every complete record with its line as it was written."""
+        """Every complete record with its line as it was written.
+
+        Raises:
+            UserError: they cannot be read.
+        """
         if not self.metrics_file.exists():
             return
-        with self.metrics_file.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
+        try:
+            for line in lines_of(self.metrics_file):
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     yield line, record
+        except OSError as error:
+            raise UserError(
+                f"{self.metrics_file} cannot be read ({error.strerror}); move it away, and the run "
+                "goes on without its records so far"
+            ) from error

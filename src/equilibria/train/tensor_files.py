@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from equilibria.core.errors import UserError
-from equilibria.train.files import flush_file
+from equilibria.train.files import flush_file, open_regular, reason
 
 _KINDS = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 """Of numbers; others may be more than torch can read, which would be found out half-way."""
@@ -145,8 +145,9 @@ def _found(folder: Path, stem: str, advice: str) -> list[Path]:
 
 def _open(file: Path, advice: str) -> Any:
     try:
+        open_regular(file).close()
         return safe_open(file, "pt")
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing; {advice}") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is truncated or damaged ({error}); {advice}") from error
+        raise UserError(f"{file} is truncated or damaged ({reason(error)}); {advice}") from error

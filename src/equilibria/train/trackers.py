@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 from equilibria.core.errors import UserError, nearest
 from equilibria.train.run_folder import RunFolder
 
 _NAMES_FILE = "trackers.json"
+_IDENTITY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 EXIT_FAILED = 1
 
 
@@ -156,24 +158,29 @@ class Trackers:
         Raises:
             UserError: one of them cannot begin; of a run that goes on that is a complaint only.
         """
-        known = run.read_json(_NAMES_FILE) if (run.path / _NAMES_FILE).exists() else {}
-        known = known if isinstance(known, dict) else {}
-        identities = {name: str(known.get(name) or secrets.token_hex(4)) for name in names}
+        goes_on = (run.path / _NAMES_FILE).exists()
+        known, complaints = _known_identities(run) if goes_on and names else ({}, [])
+        identities = {name: known.get(name) or secrets.token_hex(4) for name in names}
         started: dict[str, Tracker] = {}
-        complaints: list[str] = []
         for name, identity in identities.items():
             try:
                 started[name] = TRACKERS[name](project, run, identity, config, name in known)
             except Exception as error:  # whatever it raises
                 reason = _first_line(error)
-                if name not in known:
+                if name not in known and not complaints:
                     raise UserError(
                         f"{name} could not begin ({reason}); log in to it, or leave out "
                         f"--train.trackers {name}. WANDB_MODE=offline needs no account"
                     ) from error
                 complaints.append(f"{name} could not go on ({reason}) and gets no records")
         if identities:
-            run.write_json(_NAMES_FILE, {**known, **identities})
+            try:
+                run.write_json(_NAMES_FILE, {**known, **identities})
+            except OSError as error:
+                complaints.append(
+                    f"{_NAMES_FILE} could not be written ({error.strerror}); what is tracked now "
+                    "will not be found again"
+                )
         trackers = cls(started)
         trackers.complaints = complaints
         return trackers
@@ -211,6 +218,23 @@ class Trackers:
                     f"{name} did not take a record ({_first_line(error)}); it gets further ones, "
                     "and metrics.jsonl has them all"
                 )
+
+
+def _known_identities(run: RunFolder) -> tuple[dict[str, str], list[str]]:
+    """By which the trackers know a run; if that cannot be read none, and a complaint.
+
+    A damaged file costs the connection to the records so far, and no run.
+    """
+    try:
+        content = run.read_json(_NAMES_FILE)
+        reason = f"{run.path / _NAMES_FILE} holds other things than identities"
+    except UserError as error:
+        content, reason = None, str(error).partition(";")[0]
+    if isinstance(content, dict):
+        known = cast(dict[str, Any], content)
+        if all(isinstance(i, str) and _IDENTITY.fullmatch(i) for i in known.values()):
+            return known, []
+    return {}, [f"{reason}; it goes on as a new run there"]
 
 
 def _numbers(record: Mapping[str, Any], group: str) -> dict[str, float]:
