@@ -61,9 +61,12 @@ def test_a_shared_model(
     assert result.code == 2
     assert "cannot be written to" in result.err
     assert list(folder.iterdir()) == []
-    (folder / ".model.safetensors").write_bytes(b"of a process that was killed")
+    other = tmp_path / "other"
+    other.write_bytes(b"of somebody else")
+    (folder / ".model.safetensors").symlink_to(other)
     assert cli("share", finished.path, "--folder", folder).code == 0
     assert ".model.safetensors" not in os.listdir(folder)
+    assert other.read_bytes() == b"of somebody else"
 
 
 def test_a_place_for_a_shared_model_that_cannot_be_written_to(

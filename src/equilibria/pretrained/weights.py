@@ -78,6 +78,7 @@ def write_weights(file: Path, model: nn.Module) -> None:
         OSError: they cannot be written.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    file.unlink(missing_ok=True)  # which may be a link to somewhere else
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:  # also for what the system refuses
