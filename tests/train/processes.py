@@ -25,6 +25,7 @@ from equilibria.tasks.language_modeling import LanguageModelingConfig
 from equilibria.train.config_file import from_json
 from equilibria.train.engine import Engine, start_engine
 from equilibria.train.experiment import Experiment, TrainConfig
+from equilibria.train.files import write_text
 from equilibria.train.launch import leave
 from equilibria.train.loop import Trainer
 from equilibria.train.optimizers import OptimizerConfig
@@ -49,8 +50,8 @@ MODELS = {
 def experiment(folder: Path, options: dict[str, Any]) -> Experiment:
     """Ten steps on four streams without dropout, unrolled first."""
     text = folder / "text.txt"
-    if not text.exists():
-        text.write_text("the quick brown dog jumps over a lazy cow. but why?\n" * 8)
+    if not text.exists():  # at once, because another process may be about to read it
+        write_text(text, "the quick brown dog jumps over a lazy cow. but why?\n" * 8)
     base = Experiment(
         data=CharacterCorpusConfig(path=text, valid_fraction=0.1, test_fraction=0.1),
         model=MODELS[options.get("model", "transformer")],

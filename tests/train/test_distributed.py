@@ -65,7 +65,7 @@ def launch(folder: Path, devices: int, cases: dict[str, dict[str, Any]]) -> None
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr
 
 
 def alone(folder: Path, name: str, case: dict[str, Any]) -> Path:
