@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -385,3 +386,31 @@ def test_the_number_of_tasks_of_a_slurm_job_makes_no_task(
         options = ["--train.num-steps", 1, "--seed", seed, "--train.folder", tmp_path]
         assert cli("train", *tiny, *options).code == 0
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_does_not_hide_the_recipe_of_its_name(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a shared model of it."""
+    (tmp_path / "pydoc-characters").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = cli("train", "pydoc-characters", "--data.path", "nowhere.txt")
+    assert "there is no file" in result.err
+
+
+def test_pretraining_is_announced(cli: Any, tiny: list[str], tmp_path: Path) -> None:
+    options = ["--train.folder", tmp_path / "a"]
+    err = cli("train", *tiny, *options).err
+    assert "pre-training by a few unrolled layers until step 4" in err
+    assert "step 4: pre-training ends, equilibria begin" in err
+    assert "none is at equilibrium" not in err
+    short = cli("train", *tiny, "--train.num-steps", 3, "--train.folder", tmp_path / "b").err
+    assert "all 3 steps are pre-training, and none is at equilibrium" in short
+
+
+def test_solves_that_miss_their_tolerance_are_told(cli: Any, finished: Any) -> None:
+    few = cli("eval", finished.path, "--max-steps", 2, "--rtol", 1e-9)
+    solves = r"(\d+) of \1 solves ended at their step limit, before the tolerance"
+    assert re.search(solves, few.out), few.out
+    assert "before the tolerance" not in cli("eval", finished.path, "--rtol", 0.9).out
+    assert "before the tolerance" in finished.result.out

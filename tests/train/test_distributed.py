@@ -159,8 +159,12 @@ def test_a_run_goes_on_with_another_number_of_processes(two: Path, tmp_path: Pat
         first_half(two / name if name == "fsdp" else straight, tmp_path / f"from-{name}")
     processes.run(tmp_path, "from-fsdp", {}, Engine(torch.device("cpu")))
     assert_same_run(tmp_path / "from-fsdp", straight, but=differing_solves())
-    launch(tmp_path, 2, {"from-straight": {"train": {"strategy": "fsdp"}}})
+    between = {"train": {"log_every": 3}}  # the checkpoint of step 5 is between two lines
+    seldom = alone(tmp_path, "seldom", between)
+    first_half(seldom, tmp_path / "from-seldom")
+    launch(tmp_path, 2, {"from-straight": {"train": {"strategy": "fsdp"}}, "from-seldom": between})
     assert_same_run(tmp_path / "from-straight", straight, but=differing_solves())
+    assert_same_run(tmp_path / "from-seldom", seldom, but=differing_solves())
 
 
 @pytest.mark.slow

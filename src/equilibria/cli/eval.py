@@ -88,6 +88,8 @@ def main(arguments: Sequence[str]) -> int:
             f"function evaluations mean {evals['mean']:.1f}, 95th percentile {evals['p95']:.0f}\n"
             f"relative residual mean {residual['mean']:.1e}, 95th percentile {residual['p95']:.1e}"
         )
+        if result.shortfall:
+            print(result.shortfall)
     print(f"{result.seconds:.1f} s, {result.num_items / result.seconds:.0f} tokens/s")
     if options.spectral_radius:
         with scored.autocast:

@@ -130,6 +130,7 @@ def _train(plan: Plan, engine: Engine) -> int:
             if exit_code:
                 _say_how_to_go_on(trainer, f"stopped after step {trainer.step} and saved")
                 return exit_code
+            print("scoring the best checkpoint on the test split", file=sys.stderr)
             summary = finish(trainer, data)
             trackers.summarise(summary)
         except MemoryRanOutError as error:
@@ -252,7 +253,8 @@ def load_config(source: str | None) -> tuple[str, Experiment, str]:
     Raises:
         UserError: neither a recipe nor a readable configuration.
     """
-    if source is not None and (source.endswith(".json") or Path(source).is_dir()):
+    is_recipe = source in recipes.names()
+    if source is not None and not is_recipe and (source.endswith(".json") or Path(source).is_dir()):
         file = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
         saved = read_json(file, "give a recipe's name or the config.json of a run")
         if not isinstance(saved, dict) or not {"recipe", "config"} <= saved.keys():

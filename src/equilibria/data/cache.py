@@ -14,8 +14,8 @@ from pathlib import Path
 from equilibria.core.errors import UserError
 
 ENVIRONMENT = "EQUILIBRIA_CACHE"
-_SECONDS_TO_LOCK = 1.0
-"""Within which whoever has made a folder has also locked it."""
+_SECONDS_TO_FINISH = 86_400
+"""For another machine that writes to the same folder, whose locks a network disk may not tell."""
 
 
 def cache_folder(given: Path | None = None) -> Path:
@@ -70,7 +70,7 @@ def _remove_leftovers(folder: Path) -> None:
         with contextlib.suppress(OSError):  # somebody writes it, or has finished just now
             descriptor = os.open(leftover, os.O_RDONLY)
             try:
-                old = os.stat(descriptor).st_mtime < time.time() - _SECONDS_TO_LOCK
+                old = os.stat(descriptor).st_mtime < time.time() - _SECONDS_TO_FINISH
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if old:
                     shutil.rmtree(leftover, ignore_errors=True)

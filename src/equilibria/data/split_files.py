@@ -79,7 +79,7 @@ def lines_of(path: Path) -> Iterator[str]:
         raise _not_utf8(path) from None
     except OSError as error:
         raise UserError(
-            f"'{path}' cannot be read ({error.strerror or error}); check its permissions"
+            f"'{path}' cannot be read ({error.strerror or error}); check its name and permissions"
         ) from None
     if not has_words:
         raise UserError(f"'{path}' is empty or holds only white space; give a text of words")

@@ -21,6 +21,7 @@ _FIGURES = {
     "test_loss": ("loss, nats per token", 4),
     "test_perplexity": ("perplexity", 3),
     "test_bits_per_character": ("bits per character", 4),
+    "test_bits_per_token": ("bits per token", 4),
     "test_recalled": ("symbols recalled", 4),
 }
 _BASELINES = ("baseline_bits_per_character", "baseline_bits_per_token", "baseline_losses")

@@ -73,11 +73,14 @@ class SolveFigures(NamedTuple):
 
     num_steps: Tensor
     relative_residual: Tensor
+    converged: Tensor
 
     @staticmethod
     def of(solution: Solution) -> SolveFigures:
         """Of one solution, on the CPU."""
-        return SolveFigures(solution.num_steps.cpu(), solution.relative_residual.cpu())
+        return SolveFigures(
+            solution.num_steps.cpu(), solution.relative_residual.cpu(), solution.converged.cpu()
+        )
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Evaluation:
         relative_residual: of each sample (num_solves * batch,).
         seconds: wall time.
         figures: other measures of the task, by name.
+        num_missed: samples whose solves ended before their tolerance.
     """
 
     loss: float
@@ -100,6 +104,7 @@ class Evaluation:
     relative_residual: Tensor
     seconds: float
     figures: Mapping[str, float] = field(default_factory=dict[str, float])
+    num_missed: int = 0
 
     @classmethod
     def of_solves(
@@ -119,6 +124,7 @@ class Evaluation:
             relative_residual=torch.cat([none, *(solve.relative_residual for solve in solves)]),
             seconds=seconds,
             figures=figures or {},
+            num_missed=sum(int((~solve.converged).sum()) for solve in solves),
         )
 
     @classmethod
@@ -139,6 +145,17 @@ class Evaluation:
             relative_residual=torch.cat([part.relative_residual for part in parts]),
             seconds=max(part.seconds for part in parts),
             figures={name: mean([p.figures[name] for p in parts]) for name in parts[0].figures},
+            num_missed=sum(part.num_missed for part in parts),
+        )
+
+    @property
+    def shortfall(self) -> str | None:
+        """A sentence about solves that ended before their tolerance; None where none did."""
+        if not self.num_missed:
+            return None
+        return (
+            f"{self.num_missed:,} of {self.num_evals.numel():,} solves ended at their step limit, "
+            "before the tolerance; more steps (--max-steps of eval) may change the score"
         )
 
 

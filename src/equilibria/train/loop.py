@@ -152,11 +152,14 @@ class Trainer:
             if self.engine.is_main:
                 self._progress = stack.enter_context(Progress(self.step, total, self.task.shown))
                 self._log = stack.enter_context(MetricsLog(self.run, self.step))
+            self._announce_pretraining()
             while self.step < total:
                 with _memory_errors(f"step {self.step + 1}", self.run):
                     code = self._train_step(stop)
                 if self._progress is not None:
                     self._progress.advance()
+                if self.step == self.experiment.task.pretrain_steps < total:
+                    self._say(f"step {self.step}: pre-training ends, equilibria begin")
                 with _memory_errors(f"the evaluation or checkpoint of step {self.step}", self.run):
                     self._report()
                 if code:
@@ -166,6 +169,21 @@ class Trainer:
                     return code
             self._finish_writing()
         return 0
+
+    def _announce_pretraining(self) -> None:
+        """That what is trained first, fast, is not what is validated."""
+        last, total = self.experiment.task.pretrain_steps, self.experiment.train.num_steps
+        if self.step >= last:
+            return
+        self._say(
+            f"pre-training by a few unrolled layers until step {last:,}; validation solves for "
+            "equilibria all the time, and says little before that"
+        )
+        if last >= total:
+            self._say(
+                f"all {total:,} steps are pre-training, and none is at equilibrium; lower "
+                "--task.pretrain-steps, or train for longer"
+            )
 
     def _train_step(self, stop: StopRequest) -> int:
         """One step; the exit code that any of the processes was asked to stop with."""
@@ -227,10 +245,16 @@ class Trainer:
             raise TrainingError(
                 f"{diagnosis}, as were {self._num_skipped - 1} steps before it; begin again from "
                 f"{self.run.config_file} with a lower --optimizer.learning-rate, a longer warm-up "
-                "or --task.pretrain-steps, or more solver steps, or go on with --resume if the "
-                f"cause has gone. Checkpoints in {self.run.checkpoints.folder} are untouched"
+                f"or --task.pretrain-steps, or more solver steps{self._way_on()}"
             )
         self._say(f"{diagnosis}; the step is skipped")
+
+    def _way_on(self) -> str:
+        """What else can be done where there is a checkpoint."""
+        steps = self.run.checkpoints.steps()
+        return (
+            f", or go on from step {steps[-1]} by --resume if the cause has gone" if steps else ""
+        )
 
     def _diagnosis(self, record: StepRecord, norm: Tensor) -> str:
         what = "loss" if not math.isfinite(record.loss.item()) else "gradient"
@@ -364,8 +388,8 @@ class Trainer:
         check_statistics(state["statistics"], self.experiment.task.batch_size)
         self.statistics.load_state_dict(state["statistics"])
         check_interval(state["interval"])
-        if self.engine.is_main:
-            self._interval = Interval.from_state_dict(state["interval"], device)
+        interval = Interval.from_state_dict(state["interval"], device)
+        self._interval = interval if self.engine.is_main else interval.without_counts()
         self.plateau = restored_plateau(state["plateau"], config)
         _restore_random(state["random"], self.engine, self.experiment.seed, step)
 

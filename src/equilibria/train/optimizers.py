@@ -107,7 +107,7 @@ class Plateau:
         self.waited += 1
         if self.waited >= config.plateau_patience:
             lowered = max(self.factor * config.plateau_factor, config.final_fraction)
-            self.factor, self.waited = min(lowered, self.factor), 0
+            self.factor, self.waited = float(min(lowered, self.factor)), 0
 
 
 def _check_choice(name: str, given: str, choices: Any) -> None:

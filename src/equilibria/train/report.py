@@ -54,6 +54,7 @@ def finish(trainer: Trainer, data: Data) -> dict[str, Any]:
             if test.num_evals.numel()
             else None
         ),
+        "shortfall": test.shortfall,
         "training_time": trainer.clock.as_dict(),
         "peak_memory_mib": peak_memory_mib(experiment.train.torch_device()),
         "num_parameters": sum(p.numel() for p in task.model.parameters()),
@@ -94,8 +95,12 @@ def _scores(task: Task, test: Evaluation, data: Data, experiment: Experiment) ->
     }
     if not isinstance(data, CharacterCorpus):
         bits = unigram_bits_per_token(data.train, data.test, size)
-        figures = {"num_test_tokens": test.num_items, "baseline_bits_per_token": {"unigram": bits}}
-        return {**scores, **figures}
+        return {
+            **scores,
+            "test_bits_per_token": test.loss / math.log(2.0),
+            "num_test_tokens": test.num_items,
+            "baseline_bits_per_token": {"unigram": bits},
+        }
     bits = baselines(data.train, data.test, data.train_text, data.test_text, size)
     return {
         **scores,
@@ -113,10 +118,9 @@ def _sample(
     new = generate(
         task.language_model, prompt, context, SamplingConfig(num_tokens=300, seed=experiment.seed)
     )
-    return {
-        "prompt": corpus.vocabulary.decode(prompt),
-        "text": corpus.vocabulary.decode(new),
-    }
+    before = corpus.vocabulary.decode(prompt)
+    whole = corpus.vocabulary.continued(before, new)
+    return {"prompt": before, "text": whole.removeprefix(before)}
 
 
 def _write_trace(trainer: Trainer) -> None:
@@ -167,6 +171,8 @@ def render(summary: dict[str, Any], run: RunFolder) -> str:
     ):
         if summary[key] is not None:
             lines.append(_render_solves(title, summary[key]))
+    if summary["shortfall"]:
+        lines.append(summary["shortfall"])
     clock = summary["training_time"]
     lines += [
         f"training time: {clock['total_seconds']:.0f} s = forward solves "

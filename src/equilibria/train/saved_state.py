@@ -114,8 +114,8 @@ def restored_plateau(saved: Any, config: OptimizerConfig) -> Plateau:
         ValueError: not a plateau, or one where the schedule knows none.
     """
     plateau = restored(Plateau, saved)
-    if not 0 < plateau.factor <= 1:
-        raise ValueError(f"plateau.factor is {plateau.factor}, expected at most 1 and above 0")
+    if not 0 <= plateau.factor <= 1:  # 0 where it was lowered for ever
+        raise ValueError(f"plateau.factor is {plateau.factor}, expected 0 to 1")
     if config.schedule != "plateau" and plateau != Plateau():
         raise ValueError(f"the schedule {config.schedule!r} waits for no plateau")
     return plateau

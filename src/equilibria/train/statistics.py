@@ -163,6 +163,14 @@ class Interval:
             num_skipped=first.num_skipped,
         )
 
+    def without_counts(self) -> Interval:
+        """Means of the steps so far, for a process that goes on beside the one that counts."""
+        return Interval(
+            losses=[*self.losses],
+            gradient_norms=[*self.gradient_norms],
+            figures={name: [*values] for name, values in self.figures.items()},
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """The sums as plain values and tensors."""
         return {**vars(self), "clock": vars(self.clock)}
