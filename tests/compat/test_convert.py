@@ -214,6 +214,13 @@ def test_the_command_makes_a_run_that_can_be_scored(tmp_path, monkeypatch, capsy
     assert main(["eval", str(run), "--mem-len", "8"]) == 0
     assert "perplexity" in capsys.readouterr().out
 
+    assert main(["share", str(run), "--folder", str(tmp_path / "shared")]) == 0
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert "converted by equilibria from a checkpoint of another code base" in card
+    assert "not finished" not in card
+    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    assert "converted from a checkpoint of another" in (tmp_path / "page.html").read_text()
+
     assert main(["train", "--resume", str(run)]) == 2
     message = capsys.readouterr().err
     assert "was made by 'equilibria convert' and has no training state" in message

@@ -87,5 +87,5 @@ def _write(experiment: Experiment, converted: Converted, options: ConvertOptions
     if isinstance(data, Corpus):
         run.write_json("vocabulary.json", json.loads(data.vocabulary.to_json()))
     run.checkpoints.save(0, Snapshot(task.model.state_dict(), {}))
-    write_text(run.path / "conversion.txt", converted.report() + "\n")
+    write_text(run.conversion_file, converted.report() + "\n")
     return run

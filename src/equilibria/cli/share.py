@@ -133,6 +133,7 @@ def _facts(
         experiment=experiment,
         num_parameters=sum(p.numel() for p in model.parameters()),
         is_text=vocabulary is not None,
+        is_converted=run.conversion_file.exists(),
         environment=environment,
         summary=_summary(run, step),
     )

@@ -40,6 +40,7 @@ class Facts:
         summary: the final figures; empty of a run that was not finished.
         num_parameters: of the model.
         is_text: whether the model goes on with a text.
+        is_converted: whether 'equilibria convert' has made the run, of weights from elsewhere.
     """
 
     recipe: str
@@ -48,6 +49,7 @@ class Facts:
     experiment: Experiment
     num_parameters: int
     is_text: bool
+    is_converted: bool = False
     environment: Mapping[str, Any] = field(default_factory=dict[str, Any])
     summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -56,7 +58,7 @@ def card(facts: Facts) -> str:
     """The card as text."""
     sections = (
         _front_matter(facts),
-        f"# {facts.recipe}\n\n{facts.description}.",
+        f"# {facts.recipe}" + ("" if facts.is_converted else f"\n\n{facts.description}."),
         _about(facts),
         _figures(facts),
         _data(facts),
@@ -96,6 +98,12 @@ def _has_solve(facts: Facts) -> bool:
 
 def _about(facts: Facts) -> str:
     kind = type(facts.experiment.model).__name__.removesuffix("Config")
+    if facts.is_converted:
+        return (
+            f"A {kind} of {facts.num_parameters:,} parameters, converted by equilibria from a "
+            f"checkpoint of another code base. What is not in that is as in the recipe "
+            f"{facts.recipe}; the figures that the recipe expects are not of this model."
+        )
     return (
         f"A {kind} of {facts.num_parameters:,} parameters, trained with equilibria (step "
         f"{facts.step} of {facts.experiment.train.num_steps}, seed {facts.experiment.seed})."
@@ -103,6 +111,8 @@ def _about(facts: Facts) -> str:
 
 
 def _figures(facts: Facts) -> str:
+    if facts.is_converted:
+        return "## Figures\n\nNothing was measured since the conversion."
     if not facts.summary:
         return "## Figures\n\nThe run was not finished; nothing was measured on the test split."
     rows = [

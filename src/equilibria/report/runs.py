@@ -161,6 +161,11 @@ def _read_run(name: RunName, path: Path) -> Run:
 
 
 def _unfinished(run: Run) -> str:
+    if (run.path / "conversion.txt").exists():
+        return (
+            "The run was converted from a checkpoint of another code base: nothing was trained or "
+            "measured here."
+        )
     total = number(run.config, "train", "num_steps")
     of = f" of {count(total)}" if total is not None else ""
     return (

@@ -34,6 +34,7 @@ class RunFolder:
     checkpoints/     weights and training state
     tensorboard/     the same metrics as events
     plots/           PNG pictures
+    conversion.txt   what was mapped; of runs that 'equilibria convert' has made
     """
 
     path: Path
@@ -117,6 +118,11 @@ class RunFolder:
     @property
     def vocabulary_file(self) -> Path:
         return self.path / "vocabulary.json"
+
+    @property
+    def conversion_file(self) -> Path:
+        """What 'equilibria convert' has mapped, in the runs that it makes."""
+        return self.path / "conversion.txt"
 
     @property
     def checkpoints(self) -> CheckpointFolder:
