@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,21 +66,37 @@ def batch() -> Tensor:
     return x * torch.tensor([[1e-3], [1.0], [10.0], [100.0]], dtype=torch.float64)
 
 
-def train(rank: int, world_size: int, folder: str, adjoint: Adjoint, static_graph: bool) -> None:
-    """Two steps on this rank's share of the batch; the gradients of the last go to a file."""
+@contextmanager
+def process_group(rank: int, world_size: int, folder: str) -> Generator[None]:
+    """Until what is made inside, and holds the group, is gone again.
+
+    Its threads may be about to drop Python objects, for which they need the lock that is held while
+    the group is destroyed, which waits for them: PyTorch 2.13 hung there, once in many runs.
+    """
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
     )
     try:
-        model = DistributedDataParallel(make_model(adjoint), static_graph=static_graph)
-        share = batch().chunk(world_size)[rank]
-        for _ in range(2):
-            model.zero_grad()
-            model(share).square().mean().backward()
-        gradients = {name: p.grad for name, p in model.module.named_parameters()}
-        torch.save(gradients, f"{folder}/gradients{rank}.pt")
+        yield
     finally:
+        time.sleep(0.2)
         dist.destroy_process_group()
+
+
+def train(rank: int, world_size: int, folder: str, adjoint: Adjoint, static_graph: bool) -> None:
+    """Two steps on this rank's share of the batch; the gradients of the last go to a file."""
+    with process_group(rank, world_size, folder):
+        gradients = trained_gradients(batch().chunk(world_size)[rank], adjoint, static_graph)
+        torch.save(gradients, f"{folder}/gradients{rank}.pt")
+
+
+def trained_gradients(share: Tensor, adjoint: Adjoint, static_graph: bool) -> dict[str, Any]:
+    model = DistributedDataParallel(make_model(adjoint), static_graph=static_graph)
+    for _ in range(2):
+        model.zero_grad()
+        model(share).square().mean().backward()
+    time.sleep(0.2)  # see above: the model holds the group, too
+    return {name: p.grad for name, p in model.module.named_parameters()}
 
 
 def expected_gradients(adjoint: Adjoint) -> dict[str, Tensor | None]:
@@ -163,25 +183,25 @@ def images() -> Tensor:
 
 def train_pyramid(rank: int, world_size: int, folder: str, strategy: str) -> None:
     """Two steps of gradient descent on this rank's share; the weights go to a file."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
-    )
-    try:
-        model: nn.Module = make_pyramid()
-        if strategy == "fsdp":
-            from torch.distributed.fsdp import fully_shard
-
-            called: nn.Module = fully_shard(model, reshard_after_forward=False)
-        else:
-            called = DistributedDataParallel(model)
-        descend(model, called, images().chunk(world_size)[rank])
-        weights = {
-            name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-            for name, weight in model.state_dict().items()
-        }
+    with process_group(rank, world_size, folder):
+        weights = trained_weights(images().chunk(world_size)[rank], strategy)
         torch.save(weights, f"{folder}/weights{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+
+
+def trained_weights(share: Tensor, strategy: str) -> dict[str, Any]:
+    model: nn.Module = make_pyramid()
+    if strategy == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        called: nn.Module = fully_shard(model, reshard_after_forward=False)
+    else:
+        called = DistributedDataParallel(model)
+    descend(model, called, share)
+    time.sleep(0.2)  # see above: the model holds the group, too
+    return {
+        name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        for name, weight in model.state_dict().items()
+    }
 
 
 def descend(model: nn.Module, called: nn.Module, x: Tensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Strategy = Literal["ddp", "fsdp"]
 Value = TypeVar("Value")
+_SECONDS_TO_DROP = 0.2
+"""For threads of a process group to be done with what has ended."""
 
 
 class Engine:
@@ -137,7 +140,12 @@ class FabricEngine(Engine):
             torch.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group.
+
+        Its threads may be about to drop Python objects, for which they need the lock that is held
+        while the group is destroyed, which waits for them: PyTorch 2.13 was seen to hang there.
+        """
+        time.sleep(_SECONDS_TO_DROP)
         torch.distributed.destroy_process_group()
 
 
