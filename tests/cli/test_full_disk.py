@@ -1,4 +1,4 @@
-"""A disk that is full, or may not be written to, is a sentence wherever it is met."""
+"""A disk that is full, or may not be written to, is a sentence and not a traceback."""
 
 from __future__ import annotations
 

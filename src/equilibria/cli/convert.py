@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from equilibria import recipes
-from equilibria.cli.parsing import parse
+from equilibria.cli.parsing import long_names, parse
 from equilibria.compat.convert import Converted, convert
 from equilibria.core.errors import UserError
 from equilibria.train.checkpoint import Snapshot
@@ -32,7 +32,7 @@ class ConvertOptions:
 
 def main(arguments: Sequence[str]) -> int:
     """Make a run folder of an old checkpoint, which `equilibria eval` can score."""
-    given = [_long_name(word) for word in arguments]
+    given = long_names(arguments, {"--data": "--data.folder"})  # as for training
     source = given.pop(0) if given and not given[0].startswith("-") else None
     recipe = _recipe(given)
     experiment = recipes.load(recipe).experiment
@@ -63,12 +63,6 @@ def _recipe(given: Sequence[str]) -> str:
         if name == "--recipe":
             found = value if equals else following
     return found
-
-
-def _long_name(word: str) -> str:
-    """As of `equilibria train`, whose --data is short for --data.folder."""
-    name, equals, value = word.partition("=")
-    return ("--data.folder" if name == "--data" else name) + equals + value
 
 
 def _write(experiment: Experiment, converted: Converted, options: ConvertOptions) -> RunFolder:

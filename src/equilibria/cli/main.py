@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from equilibria.core.errors import UserError, nearest
+from equilibria.core.errors import UserError, is_out_of_memory, nearest
 
 COMMANDS = {
     "train": "train a recipe: equilibria train [RECIPE | CONFIG.json | --resume RUN] [options]",
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         print(f"error: {_short_of_memory(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -65,12 +65,6 @@ def _dispatch(given: list[str]) -> int:
             f"(there are: {', '.join(COMMANDS)})"
         )
     return importlib.import_module(f"equilibria.cli.{command}").main(given[1:])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Sizes of a configuration that are beyond this machine, or beyond any."""
-    signs = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _short_of_memory(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
@@ -87,3 +87,9 @@ def _registry() -> ConstructorRegistry:
 def _plugin_kind(hint: Any) -> type | None:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next((kind for kind in registry.KINDS if kind in options), None)
+
+
+def long_names(words: Sequence[str], short: Mapping[str, str]) -> list[str]:
+    """A command line with the names of options that have a shorter one."""
+    parts = (word.partition("=") for word in words)
+    return [short.get(name, name) + equals + value for name, equals, value in parts]

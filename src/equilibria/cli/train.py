@@ -15,7 +15,7 @@ from typing import cast
 
 from equilibria import recipes
 from equilibria.cli.main import EXIT_TRAINING_ERROR
-from equilibria.cli.parsing import parse
+from equilibria.cli.parsing import long_names, parse
 from equilibria.core.errors import UserError
 from equilibria.tasks.task import Task
 from equilibria.train.config_file import from_json, to_json
@@ -78,7 +78,7 @@ class Plan:
 
 def main(arguments: Sequence[str]) -> int:
     """Train; 0 when finished, 128 + signal when stopped and saved, 1 when loss is not finite."""
-    plan = _plan([_long_name(word) for word in arguments])
+    plan = _plan(long_names(arguments, _SHORT))
     config = plan.experiment.train
     check_trackers(config.trackers)
     if config.devices > 1 and config.nodes == 1 and not is_launched():
@@ -302,11 +302,6 @@ def _resumed_plan(given: list[str]) -> Plan:
     chosen = parse(options, given, prog="equilibria train --resume RUN", description="Go on.")
     changed = replace(train, **vars(chosen.train))
     return Plan(name, replace(experiment, train=changed), run)
-
-
-def _long_name(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return _SHORT.get(name, name) + equals + value
 
 
 def _run_folder(plan: Plan, data: Data, task: Task, engine: Engine) -> RunFolder:

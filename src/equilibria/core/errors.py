@@ -24,3 +24,9 @@ def nearest(given: str, valid: Iterable[str]) -> str:
     match = difflib.get_close_matches(word, plain, n=1, cutoff=0.5)
     match = match or [name for name in sorted(plain) if word and name.startswith(word)]
     return f"; did you mean {plain[match[0]]!r}?" if match else ""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or here, or a size is beyond any machine."""
+    signs = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

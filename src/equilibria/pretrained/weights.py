@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from equilibria.core.errors import UserError
 from equilibria.train.files import open_regular
+from equilibria.train.fit import names_apart
 
 _MAX_HEADER = 2**22
 """Bytes, for tens of thousands of tensors; ours have about a hundred."""
@@ -115,12 +116,10 @@ def check_forms(file: Path, given: Mapping[str, Form], expected: Mapping[str, Fo
     Raises:
         UserError: another name, type or shape.
     """
-    missing, foreign = expected.keys() - given.keys(), given.keys() - expected.keys()
-    if missing or foreign:
+    if apart := names_apart(given, expected):
         raise UserError(
-            f"{file} does not belong to its config.json: {len(missing)} tensors are missing"
-            f"{_first(missing)}, {len(foreign)} are unknown{_first(foreign)}; get the folder again "
-            "from where it was shared"
+            f"{file} does not belong to its config.json: {apart}; get the folder again from where "
+            "it was shared"
         )
     for name, form in expected.items():
         if given[name] != form:
@@ -178,7 +177,3 @@ def _damaged(file: Path, what: str) -> UserError:
         f"{file} is truncated, damaged or no safetensors file: {what[:300]}; get it again from "
         "where it was shared"
     )
-
-
-def _first(names: set[str]) -> str:
-    return f" (such as {min(names)[:60]!r})" if names else ""

@@ -154,8 +154,8 @@ class Evaluation:
         if not self.num_missed:
             return None
         return (
-            f"{self.num_missed:,} of {self.num_evals.numel():,} solves ended at their step limit, "
-            "before the tolerance; more steps (--max-steps of eval) may change the score"
+            f"{self.num_missed:,} of {self.num_evals.numel():,} solves ended short of their "
+            "tolerance; more steps (--max-steps of eval) may change the score"
         )
 
 

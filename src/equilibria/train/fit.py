@@ -6,7 +6,7 @@ nothing, so the model is first made of shapes alone, and compared with what the 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -57,12 +57,10 @@ def check_shapes(files: TensorFiles, expected: dict[str, Tensor]) -> None:
         UserError: another name or shape.
     """
     file, given = files.path, files.shapes
-    missing, foreign = expected.keys() - given.keys(), given.keys() - expected.keys()
-    if missing or foreign:
+    if apart := names_apart(given, expected):
         raise UserError(
-            f"{file} belongs to another model: {len(missing)} tensors are missing"
-            f"{_first(missing)}, {len(foreign)} are unknown{_first(foreign)}; evaluate it with "
-            "the configuration it was trained with"
+            f"{file} belongs to another model: {apart}; evaluate it with the configuration it was "
+            "trained with"
         )
     for name, tensor in expected.items():
         if given[name] != tensor.shape:
@@ -88,6 +86,17 @@ def _at_most(number: int) -> Generator[None]:
         yield
     finally:
         hook.remove()
+
+
+def names_apart(given: Collection[str], expected: Collection[str]) -> str | None:
+    """How the names of tensors differ; None where they do not."""
+    missing, foreign = {*expected} - {*given}, {*given} - {*expected}
+    if not missing and not foreign:
+        return None
+    return (
+        f"{len(missing)} tensors are missing{_first(missing)}, {len(foreign)} are unknown"
+        f"{_first(foreign)}"
+    )
 
 
 def _first(names: set[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equilibria.core.errors import UserError
+from equilibria.core.errors import UserError, is_out_of_memory
 from equilibria.tasks.task import Evaluation, Task
 from equilibria.train.checkpoint import Snapshot
 from equilibria.train.checkpoint_writer import CheckpointWriter
@@ -434,7 +434,7 @@ def _memory_errors(where: str, run: RunFolder) -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise MemoryRanOutError(
             f"memory ran out in {where} ({str(error).splitlines()[0]}); raise "
@@ -443,8 +443,3 @@ def _memory_errors(where: str, run: RunFolder) -> Generator[None]:
             "--train.precision bfloat16 needs less, too. "
             f"Checkpoints in {run.checkpoints.folder} are untouched"
         ) from error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU that has a class, on the CPU a sentence."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
